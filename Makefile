@@ -24,7 +24,7 @@ runtime := $(VENV)/.runtime
 training := $(VENV)/.training
 tests := $(VENV)/.tests
 
-.PHONY: help predict test lint bench evaluate image export clean
+.PHONY: help predict test lint bench evaluate image export
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -72,6 +72,3 @@ export: image
 	@docker save "$(IMAGE)" | gzip > "$(ARCHIVE).part"
 	@mv "$(ARCHIVE).part" "$(ARCHIVE)"
 	@sha256sum "$(ARCHIVE)"
-
-clean:
-	@rm -rf $(VENV) outputs

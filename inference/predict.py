@@ -1,0 +1,246 @@
+"""Command line: segments every case of a folder.
+
+Each ``.npz`` of the inputs folder is read, segmented, post-processed and saved under the same name
+in the outputs folder. A case that fails never stops the others and leaves an earlier output as it
+was. Exit status: 0 all cases written, 1 some case failed, 2 nothing could start.
+
+Imports are lazy: ``--help`` and wrong arguments answer at once, and each start in the challenge
+(six a case) pays for torch and for nothing else it does not use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from inference.case import Case
+    from inference.segmenter import Segmenter
+
+DEFAULT_WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "default.safetensors"
+
+ALL_WRITTEN, SOME_FAILED, NOT_STARTED = 0, 1, 2
+
+
+class StartError(Exception):
+    """Nothing could start; the message is one line for the user."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with status 2 and a message where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="predict.sh",
+        description="Segment every .npz case of a folder. Exit status: 0 all cases written, "
+        "1 some case failed, 2 nothing could start.",
+    )
+    parser.add_argument(
+        "--inputs", type=Path, default=Path("/workspace/inputs"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--outputs", type=Path, default=Path("/workspace/outputs"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="our bundle: the refiner, and SAM-Med3D where it has one (default: what ships)",
+    )
+    parser.add_argument(
+        "--sam", type=Path, metavar="FILE", help="a SAM-Med3D checkpoint as the coarse stage"
+    )
+    parser.add_argument(
+        "--refiner",
+        choices=("on", "off"),
+        default="on",
+        help="off: SAM-Med3D alone (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--postprocess",
+        choices=("off", "paper"),
+        default="off",
+        help="paper: the five steps of the paper (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="CPU threads (default: as many as cores)"
+    )
+    parser.add_argument(
+        "--overlay", type=Path, metavar="DIR", help="also draw each result as DIR/NAME.png"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Segment a folder as the command line says; returns the exit status."""
+    options = parse_arguments(arguments)
+    started = time.perf_counter()
+    try:
+        paths = _list_cases(options.inputs)
+        _prepare_folder(options.outputs, options.inputs)
+        if options.overlay is not None:
+            _prepare_folder(options.overlay, options.inputs)
+        segmenter = _build_segmenter(options)
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NOT_STARTED
+    start_up = time.perf_counter() - started
+
+    failed = 0
+    bar, write = _progress(paths)
+    for path in bar:
+        try:
+            line = _segment_file(path, segmenter, options)
+        except Exception as error:
+            failed += 1
+            write(f"error: {_in_one_line(path, error)}", sys.stderr)
+        else:
+            write(line, sys.stdout)
+            continue
+        # Out here the exception is gone, and with it the tensors its traceback held.
+        _release_memory(segmenter)
+
+    print(
+        f"{len(paths) - failed} of {len(paths)} cases in {time.perf_counter() - started:.1f} s "
+        f"({start_up:.1f} s start-up); results in {options.outputs}"
+        + (f", overlays in {options.overlay}" if options.overlay is not None else ""),
+        flush=True,
+    )
+    return SOME_FAILED if failed else ALL_WRITTEN
+
+
+def _list_cases(inputs: Path) -> list[Path]:
+    try:
+        names = sorted(inputs.iterdir())
+    except OSError as error:
+        raise StartError(f"inputs folder {inputs}: {error.strerror}") from error
+    paths = [path for path in names if path.suffix == ".npz" and not path.name.startswith(".")]
+    if not paths:
+        raise StartError(f"inputs folder {inputs}: no .npz file among {len(names)} entries")
+    return paths
+
+
+def _prepare_folder(folder: Path, inputs: Path) -> None:
+    """Make the folder and make sure now, not after minutes of work, that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.samefile(inputs):
+            raise StartError(f"{folder} is the inputs folder: results would replace the cases")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StartError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def _build_segmenter(options: argparse.Namespace) -> Segmenter:
+    refiner = options.refiner == "on"
+    weights: Path | None = options.weights
+    if weights is None and not (options.sam is not None and not refiner):
+        weights = DEFAULT_WEIGHTS
+    for file in (weights, options.sam):
+        if file is not None and not file.is_file():
+            raise StartError(f"weights file {file}: no such file")
+
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    from inference.segmenter import Segmenter
+
+    try:
+        return Segmenter.from_files(
+            weights, sam=options.sam, refiner=refiner, device=options.device
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StartError(" ".join(str(error).split())) from error
+
+
+def _segment_file(path: Path, segmenter: Segmenter, options: argparse.Namespace) -> str:
+    """Segment one file and save the result; returns the line that reports it."""
+    from inference.case import load_case
+    from inference.output import save_segmentation
+
+    started = time.perf_counter()
+    case = load_case(path)
+    label_map = segmenter.segment_case(case)
+    if options.postprocess != "off":
+        from inference.postprocessing import postprocess
+
+        label_map = postprocess(label_map, options.postprocess)
+    save_segmentation(options.outputs / path.name, label_map)
+    seconds = time.perf_counter() - started
+    if options.overlay is not None:
+        from inference.overlay import draw_overlay, save_png
+
+        picture = draw_overlay(case.image, label_map, case.spacing_mm)
+        save_png(options.overlay / f"{path.stem}.png", picture)
+    return _report(case, label_map, seconds, str(segmenter.device))
+
+
+def _report(case: Case, label_map: NDArray[np.uint8], seconds: float, device: str) -> str:
+    import numpy as np
+
+    voxels = np.zeros(256, np.int64)
+    for plane in label_map:  # plane by plane: bincount widens its input to 8 bytes a voxel
+        voxels += np.bincount(plane.reshape(-1), minlength=256)
+    labels = [prompts.label for prompts in case.objects]
+    counts = " ".join(f"{label}:{voxels[label]}" for label in labels)
+    shape = "x".join(str(size) for size in label_map.shape)
+    classes = f"{len(labels)} class{'es' * (len(labels) != 1)}"
+    line = f"{case.name}: {shape}, {classes}, {seconds:.2f} s, {device}, voxels {counts}"
+    return "; ".join((line, *case.notes))
+
+
+def _progress(paths: list[Path]) -> tuple[Iterable[Path], Callable[[str, TextIO], None]]:
+    """The paths, under a progress bar on a terminal, and how to print a line beside it."""
+    if not sys.stderr.isatty():
+        return paths, lambda line, stream: print(line, file=stream, flush=True)
+    from tqdm import tqdm
+
+    return tqdm(paths, unit="case"), lambda line, stream: tqdm.write(line, file=stream)
+
+
+def _in_one_line(path: Path, error: Exception) -> str:
+    """What went wrong, naming the file; the kind of error too where the input is not to blame."""
+    from inference.case import CaseError
+
+    message = " ".join(str(error).split())
+    if not isinstance(error, CaseError):
+        message = f"{type(error).__name__}: {message}"
+    return message if path.name in message else f"{path.name}: {message}"
+
+
+def _release_memory(segmenter: Segmenter) -> None:
+    """Give back what a failed case left in torch's cache, so that the next one can have it."""
+    if segmenter.device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    # Python's own answer to SIGTERM ends the process where it stands; this one unwinds, so that
+    # temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
