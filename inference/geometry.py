@@ -1,0 +1,114 @@
+"""Window: a cut-out of a volume at network resolution, for voxels and for points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A box of voxels, possibly leaving the volume, seen through a grid of cells.
+
+    The edges of voxels and cells coincide at the window's faces, so a cell is
+    ``(stop - start) / shape`` voxels long, and both maps between coordinates are affine.
+
+    Attributes:
+        start: first voxel (z, y, x); may be negative.
+        stop: one past the last voxel; may exceed the volume.
+        shape: cells along each axis.
+    """
+
+    start: Triple
+    stop: Triple
+    shape: Triple
+
+    def __post_init__(self) -> None:
+        """Refuse windows without voxels or cells."""
+        if any(b <= a for a, b in zip(self.start, self.stop, strict=True)) or min(self.shape) < 1:
+            raise ValueError(
+                f"window {self.start}..{self.stop} with {self.shape} cells; accepted: stop > start "
+                "on every axis and at least one cell"
+            )
+
+    @property
+    def size(self) -> Triple:
+        """Voxels along each axis."""
+        z, y, x = (b - a for a, b in zip(self.start, self.stop, strict=True))
+        return z, y, x
+
+    @property
+    def cell(self) -> tuple[float, float, float]:
+        """Edge lengths of a cell in voxels."""
+        z, y, x = (s / n for s, n in zip(self.size, self.shape, strict=True))
+        return z, y, x
+
+    def to_grid(self, point: Iterable[float]) -> tuple[float, float, float]:
+        """Voxel coordinates -> cell coordinates; centres are integers in both."""
+        z, y, x = (
+            (p + 0.5 - a) / c - 0.5 for p, a, c in zip(point, self.start, self.cell, strict=True)
+        )
+        return z, y, x
+
+    def to_volume(self, point: Iterable[float]) -> tuple[float, float, float]:
+        """Cell coordinates -> voxel coordinates, the inverse of :meth:`to_grid`."""
+        z, y, x = (
+            (p + 0.5) * c + a - 0.5 for p, a, c in zip(point, self.start, self.cell, strict=True)
+        )
+        return z, y, x
+
+    def clip(self, shape: Triple) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Slices of the part inside a volume of ``shape``: in the volume, and in the window."""
+        inner, outer = [], []
+        for a, b, n in zip(self.start, self.stop, shape, strict=True):
+            lo, hi = min(max(a, 0), n), max(min(b, n), 0)
+            inner.append(slice(lo, max(hi, lo)))
+            outer.append(slice(lo - a, max(hi, lo) - a))
+        return tuple(inner), tuple(outer)
+
+    def crop(self, volume: NDArray[np.generic], edge: bool = False) -> NDArray[np.generic]:
+        """The window's voxels.
+
+        Args:
+            volume: (D, H, W).
+            edge: outside the volume repeat its outermost voxels, else zeros.
+
+        Returns:
+            An array of :attr:`size`: a view where the window lies inside the volume.
+        """
+        D, H, W = volume.shape
+        inside, _ = self.clip((D, H, W))
+        part = volume[inside]
+        if part.shape == self.size:
+            return part
+        if edge:
+            indices = (
+                np.clip(np.arange(a, b), 0, n - 1)
+                for a, b, n in zip(self.start, self.stop, volume.shape, strict=True)
+            )
+            cut: NDArray[np.generic] = volume[np.ix_(*indices)]
+            return cut
+        _, place = self.clip((D, H, W))
+        padded = np.zeros(self.size, volume.dtype)
+        padded[place] = part
+        return padded
+
+
+def window_around(
+    start: Iterable[float], stop: Iterable[float], scale: float, shape: Triple, minimum: float = 8
+) -> Window:
+    """The window of ``shape`` cells on ``scale`` times the box ``start``..``stop``, same centre.
+
+    No axis is shorter than ``minimum`` voxels.
+    """
+    low, high = [], []
+    for a, b in zip(start, stop, strict=True):
+        centre, half = (a + b) / 2, max((b - a) * scale, minimum) / 2
+        low.append(round(centre - half))
+        high.append(max(round(centre + half), low[-1] + 1))
+    return Window((low[0], low[1], low[2]), (high[0], high[1], high[2]), shape)

@@ -1,0 +1,160 @@
+"""The refiner: a prompt-conditioned residual 3D network at window resolution.
+
+It sees the image, the prompts, the previous mask, an intensity-likelihood map and (where there is
+one) the coarse SAM-Med3D mask as input channels, after nnInteractive (Isensee et al. 2025), and
+corrects the likelihood map instead of starting from nothing: with an untrained head its output is
+the training-free segmentation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+#: Input channels in order; prompts.py makes them.
+CHANNELS = (
+    "image",
+    "coarse_logits",
+    "previous_mask",
+    "likelihood",
+    "ellipsoid",
+    "box",
+    "middle_slice",
+    "positive_clicks",
+    "negative_clicks",
+)
+_LIKELIHOOD = CHANNELS.index("likelihood")
+_PREVIOUS = CHANNELS.index("previous_mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinerConfig:
+    """Shape of the refiner, stored in the weights file's metadata.
+
+    Attributes:
+        channels: width of each resolution level, finest (half the window's resolution) first.
+        blocks: residual blocks of each level on the way down; one each on the way up.
+        window: edge of the training window in grid cells; any multiple of ``stride`` runs.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 96, 128)
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    window: int = 64
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> RefinerConfig:
+        """Build from parsed JSON; unknown keys raise TypeError."""
+        fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fixed)  # type: ignore[arg-type]
+
+    @property
+    def stride(self) -> int:
+        """Every window edge must be a multiple of this."""
+        return int(2 ** len(self.channels))
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block: twice GroupNorm, SiLU, 3^3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        """Make a block whose second convolution starts at zero, so that it starts as identity."""
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(8, channels)
+        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, d, h, w) -> the same shape."""
+        y = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(y)))  # type: ignore[no-any-return]
+
+
+def fold(x: Tensor) -> Tensor:
+    """(B, C, 2d, 2h, 2w) -> (B, 8C, d, h, w): each 2^3 cube of cells becomes channels."""
+    B, C, D, H, W = x.shape
+    x = x.reshape(B, C, D // 2, 2, H // 2, 2, W // 2, 2)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, 8 * C, D // 2, H // 2, W // 2)
+
+
+def unfold(x: Tensor) -> Tensor:
+    """(B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w), the inverse of :func:`fold`."""
+    B, C, D, H, W = x.shape
+    x = x.reshape(B, C // 8, 2, 2, 2, D, H, W)
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, C // 8, 2 * D, 2 * H, 2 * W)
+
+
+class Refiner(nn.Module):
+    """Residual U-Net over prompt channels.
+
+    Convolutions at full resolution with few channels starve a CPU, so the first layer folds 2^3
+    cells into channels and the last one unfolds them.
+    """
+
+    def __init__(self, config: RefinerConfig | None = None) -> None:
+        """Make an untrained refiner: it returns the likelihood map blended with the mask."""
+        super().__init__()
+        self.config = config or RefinerConfig()
+        widths, blocks = self.config.channels, self.config.blocks
+        self.stem = nn.Conv3d(8 * len(CHANNELS), widths[0], 1)
+        self.down = nn.ModuleList(
+            nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.encoder = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(w) for _ in range(n)))
+            for w, n in zip(widths, blocks, strict=True)
+        )
+        self.up = nn.ModuleList(
+            nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.decoder = nn.ModuleList(ResidualBlock(w) for w in widths[:-1])
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.head = nn.Conv3d(widths[0], 8, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        #: weight of the likelihood map and of the previous mask in the output's starting point
+        self.base = nn.Parameter(torch.tensor([3.0, 1.0]))
+
+    def forward(self, channels: Tensor) -> Tensor:
+        """Segment windows.
+
+        Args:
+            channels: (B, 9, D, H, W) in the order of :data:`CHANNELS`; D, H, W multiples of
+                ``config.stride``.
+
+        Returns:
+            (B, 1, D, H, W) float32 logits.
+
+        Raises:
+            ValueError: for another number of channels or another size.
+        """
+        stride = self.config.stride
+        if channels.ndim != 5 or channels.shape[1] != len(CHANNELS):
+            raise ValueError(
+                f"refiner received {tuple(channels.shape)}; accepted: (B, {len(CHANNELS)}, D, H, W)"
+            )
+        if any(n % stride for n in channels.shape[2:]):
+            raise ValueError(
+                f"refiner received {tuple(channels.shape[2:])}; accepted: multiples of {stride}"
+            )
+        x = self.stem(fold(channels))
+        skips = []
+        for level, blocks in enumerate(self.encoder):
+            if level:
+                x = self.down[level - 1](x)
+            x = blocks(x)
+            skips.append(x)
+        for level in reversed(range(len(self.decoder))):
+            x = self.decoder[level](self.up[level](x) + skips[level])
+        residual = unfold(self.head(F.silu(self.norm(x)))).float()
+        base = self.base.float()
+        return (
+            residual
+            + base[0] * channels[:, _LIKELIHOOD : _LIKELIHOOD + 1].float()
+            + base[1] * channels[:, _PREVIOUS : _PREVIOUS + 1].float()
+        )

@@ -1,0 +1,164 @@
+"""One object's box, ordered clicks and previous mask as input of the networks.
+
+Everything here is in grid coordinates of a window: cell ``i`` has its centre at ``i``, and a box
+edge between cells ``i`` and ``i + 1`` lies at ``i + 0.5``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inference.likelihood import likelihood_log_odds
+
+_ELLIPSOID_SLOPE = 4.0  # log-odds at the box centre; 0 on the inscribed ellipsoid
+_SPHERE_RADIUS = 0.3  # of the window's edge: the expected size of an object without a box
+_SPHERE_SLOPE = 2.0
+_PREVIOUS_WEIGHT = 1.0
+_CLICK_LOG_ODDS = 6.0
+_CLICK_SIGMA = 2.5  # grid cells
+_CLICK_DECAY = 0.85  # an older click speaks lower, so that the order is seen
+_CLICK_FLOOR = 0.5
+
+
+@dataclass(frozen=True)
+class WindowPrompts:
+    """The prompts of one object in a window's grid.
+
+    Attributes:
+        box: lower and upper edges (z, y, x), or None.
+        middle: z of the slice whose rectangle the box is exact on; ignored without a box.
+        clicks: ((z, y, x), positive) in cells, oldest first; may lie outside the window.
+    """
+
+    box: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    middle: float = 0.0
+    clicks: tuple[tuple[tuple[float, float, float], bool], ...] = ()
+
+
+def refiner_channels(
+    image: Tensor,
+    prompts: Sequence[WindowPrompts],
+    previous: Tensor,
+    has_previous: Sequence[bool],
+    coarse: Tensor | None = None,
+) -> Tensor:
+    """Input of the refiner (model/refiner.py, ``CHANNELS``) for a batch of windows.
+
+    Args:
+        image: (B, D, H, W) float, raw intensities of each window; any scale.
+        prompts: B entries.
+        previous: (B, D, H, W) the previous mask, 0..1; ignored where ``has_previous`` is False.
+        has_previous: B flags.
+        coarse: (B, D, H, W) logits of a coarse stage, or None.
+
+    Returns:
+        (B, 9, D, H, W) float32.
+    """
+    z_scores = normalise_window(image)
+    has = torch.tensor(has_previous, device=image.device)[:, None, None, None]
+    hard = (previous > 0.5).float()
+    signed = torch.where(has, 2 * hard - 1, torch.zeros_like(hard))
+    shapes, boxes, middles, positives, negatives, priors = [], [], [], [], [], []
+    for one, known in zip(prompts, has_previous, strict=True):
+        axes = _axes(image)
+        positive, negative, evidence = _click_maps(one, axes)
+        shape, box, middle = _box_maps(one, axes, known)
+        shapes.append(shape)
+        boxes.append(box)
+        middles.append(middle)
+        positives.append(positive)
+        negatives.append(negative)
+        priors.append(shape + evidence)
+    shape_prior = torch.stack(shapes)
+    prior = torch.stack(priors) + _PREVIOUS_WEIGHT * signed
+    # The first histograms come from the previous mask where there is one.
+    start = torch.where(has, 0.9 * hard + 0.05, prior.sigmoid())
+    likelihood = likelihood_log_odds(z_scores, prior, start)
+    if coarse is None:
+        coarse = torch.zeros_like(likelihood)
+    return torch.stack(
+        (
+            z_scores / 1.5,
+            coarse.clamp(-6, 6) / 3,
+            signed,
+            likelihood.clamp(-6, 6) / 3,
+            shape_prior / _ELLIPSOID_SLOPE,
+            torch.stack(boxes),
+            torch.stack(middles),
+            torch.stack(positives),
+            torch.stack(negatives),
+        ),
+        dim=1,
+    )
+
+
+def normalise_window(image: Tensor) -> Tensor:
+    """(B, D, H, W) -> z-scores of each window, clipped to [-3, 3]."""
+    image = image.float()
+    mean = image.mean(dim=(1, 2, 3), keepdim=True)
+    std = image.std(dim=(1, 2, 3), keepdim=True, correction=0)
+    return ((image - mean) / std.clamp_min(1e-3)).clamp_(-3, 3)
+
+
+def _axes(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cell coordinates along z, y, x, shaped to broadcast to (D, H, W)."""
+    D, H, W = image.shape[1:]
+    z, y, x = (torch.arange(n, device=image.device, dtype=torch.float32) for n in (D, H, W))
+    return z[:, None, None], y[None, :, None], x[None, None, :]
+
+
+def _box_maps(
+    prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor], has_previous: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape prior (log-odds), box map and middle-slice map, each (D, H, W)."""
+    z, y, x = axes
+    size = (z.numel(), y.numel(), x.numel())
+    if prompts.box is None:
+        nothing = z.new_zeros(size)
+        seeds = [position for position, positive in prompts.clicks if positive]
+        if has_previous or not seeds:
+            return nothing, nothing, nothing
+        squares = [
+            sum(((a - c) / (_SPHERE_RADIUS * n)) ** 2 for a, c, n in zip(axes, s, size, strict=True))
+            for s in seeds
+        ]
+        radius = torch.stack([torch.as_tensor(s) for s in squares]).amin(0).sqrt()
+        prior = (_SPHERE_SLOPE * (1 - radius)).clamp(-_SPHERE_SLOPE, _SPHERE_SLOPE)
+        return prior, nothing, nothing
+    low, high = prompts.box
+    offsets = [  # -1 and 1 on the box's faces, broadcastable
+        (a - (lo + hi) / 2) / max((hi - lo) / 2, 0.5) for a, lo, hi in zip(axes, low, high, strict=True)
+    ]
+    dz, dy, dx = offsets
+    radius = (dz**2 + dy**2 + dx**2).sqrt()
+    prior = (_ELLIPSOID_SLOPE * (1 - radius)).clamp_(-_ELLIPSOID_SLOPE, _ELLIPSOID_SLOPE)
+    in_plane = torch.maximum(dy.abs(), dx.abs())
+    box = (1 - torch.maximum(dz.abs(), in_plane)).clamp_(-1, 1)
+    near = torch.exp(-0.5 * ((z - prompts.middle) / (0.08 * (high[0] - low[0]) + 1)) ** 2)
+    middle = near * (4 * (1 - in_plane)).clamp(-1, 1)
+    return prior, box, middle
+
+
+def _click_maps(
+    prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positive and negative click maps (0..1) and the clicks' log-odds, each (D, H, W)."""
+    z, y, x = axes
+    maps = {
+        flag: z.new_zeros((z.numel(), y.numel(), x.numel())) for flag in (True, False)
+    }
+    evidence = torch.zeros_like(maps[True])
+    for age, (position, positive) in enumerate(reversed(prompts.clicks)):
+        gz, gy, gx = (
+            torch.exp(-0.5 * ((a - p) / _CLICK_SIGMA) ** 2)
+            for a, p in zip(axes, position, strict=True)
+        )
+        bump = (gz * gy) * gx
+        weight = max(_CLICK_FLOOR, _CLICK_DECAY**age)
+        torch.maximum(maps[positive], weight * bump, out=maps[positive])
+        evidence.add_(bump, alpha=_CLICK_LOG_ODDS if positive else -_CLICK_LOG_ODDS)
+    return maps[True], maps[False], evidence.clamp_(-_CLICK_LOG_ODDS, _CLICK_LOG_ODDS)

@@ -1,0 +1,215 @@
+"""Where to look and how to put results together: windows, zooming, click guarantees, merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inference.case import Click, ObjectPrompts
+from inference.geometry import Triple, Window, window_around
+
+#: Region of interest in boxes (DCM's recipe).
+BOX_SCALE = 1.8
+#: A region grows by this factor while the prediction touches its border (nnInteractive's AutoZoom).
+ZOOM = 1.5
+_CLICK_MARGIN = 3  # voxels between a click and the region's border
+_SURE = 100.0  # a click outvotes every network; newer clicks a little more
+
+
+@dataclass(frozen=True)
+class ObjectLogits:
+    """One object's logits on a box of voxels; outside of it the object is absent.
+
+    Attributes:
+        label: 1..N.
+        start: first voxel (z, y, x) of the box.
+        logits: (d, h, w) float32.
+    """
+
+    label: int
+    start: Triple
+    logits: NDArray[np.float32]
+
+
+def bounding_box(mask: NDArray[np.bool_]) -> tuple[Triple, Triple] | None:
+    """Half-open bounding box of a (D, H, W) mask, or None where it is empty."""
+    low, high = [], []
+    part = mask
+    for axis in range(3):  # project, cut, go on: later axes see less
+        other = tuple(a for a in range(3) if a != axis)
+        where = np.flatnonzero(part.any(axis=other))
+        if not where.size:
+            return None
+        low.append(int(where[0]))
+        high.append(int(where[-1]) + 1)
+        part = part[(slice(None),) * axis + (slice(low[-1], high[-1]),)]
+    return (low[0], low[1], low[2]), (high[0], high[1], high[2])
+
+
+def first_window(
+    prompts: ObjectPrompts,
+    previous: tuple[Triple, Triple] | None,
+    volume: Triple,
+    spacing_mm: tuple[float, float, float],
+    shape: Triple,
+) -> Window:
+    """The window an object is first looked for in.
+
+    With a box: 1.8 x the box. Without one: 1.8 x the previous mask, or, where there is none, a cube
+    about the clicks whose edge is a quarter of the volume's longest edge in millimetres (it grows
+    if it was too small). All clicks and the previous mask lie inside.
+
+    Args:
+        prompts: of the object; not empty.
+        previous: bounding box of the object's previous mask, or None.
+        volume: size of the volume.
+        spacing_mm: (z, y, x).
+        shape: cells of the window.
+    """
+    points = [(click.position, tuple(p + 1 for p in click.position)) for click in prompts.clicks]
+    if prompts.box is not None:
+        window = window_around(prompts.box.start, prompts.box.stop, BOX_SCALE, shape)
+    elif previous is not None:
+        positive = [p for p, c in zip(points, prompts.clicks, strict=True) if c.positive]
+        window = window_around(*_hull([previous, *positive]), BOX_SCALE, shape)
+    else:
+        low, high = _hull([p for p, c in zip(points, prompts.clicks, strict=True) if c.positive] or points)
+        edge = max(n * s for n, s in zip(volume, spacing_mm, strict=True)) / 4
+        half = [max(edge / s, 8.0) / 2 for s in spacing_mm]
+        window = window_around(
+            [a - h for a, h in zip(low, half, strict=True)],
+            [b + h for b, h in zip(high, half, strict=True)],
+            1.0,
+            shape,
+        )
+    inside = [(a, b, _CLICK_MARGIN) for a, b in points]
+    if previous is not None:
+        inside.append((*previous, 1))
+    return _extend(window, inside)
+
+
+def grown_window(window: Window, touched: Sequence[tuple[bool, bool]], volume: Triple) -> Window:
+    """The window moved outwards on the touched faces by half its edge / 2 on each, within reason.
+
+    Args:
+        window: the current one.
+        touched: per axis whether the prediction touches the lower and the upper face.
+        volume: size of the volume; no face is moved further outside than a tenth of the window.
+    """
+    start, stop = list(window.start), list(window.stop)
+    for axis, (lower, upper) in enumerate(touched):
+        step = max(1, round(window.size[axis] * (ZOOM - 1) / (1 + (lower and upper))))
+        beyond = max(1, window.size[axis] // 10)
+        if lower:
+            start[axis] = min(start[axis], max(start[axis] - step, -beyond))
+        if upper:
+            stop[axis] = max(stop[axis], min(stop[axis] + step, volume[axis] + beyond))
+    return Window((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]), window.shape)
+
+
+def touched_faces(
+    mask: NDArray[np.bool_], window: Window, volume: Triple, least: int = 6
+) -> tuple[tuple[bool, bool], ...]:
+    """Per axis, whether at least ``least`` cells of a mask lie on the lower / upper face.
+
+    Faces at or beyond the border of the volume do not count: there is nothing more to see.
+    """
+    faces = []
+    for axis in range(3):
+        first, last = mask.take(0, axis), mask.take(-1, axis)
+        faces.append(
+            (
+                bool(first.sum() >= least and window.start[axis] > 0),
+                bool(last.sum() >= least and window.stop[axis] < volume[axis]),
+            )
+        )
+    return tuple(faces)
+
+
+def fine_shape(window: Window, cells: int, multiple: int) -> Triple:
+    """Grid of the second pass: the volume's own resolution, or as near as ``cells`` cells allow.
+
+    No axis gets coarser than the window's own grid; every axis is a multiple of ``multiple``.
+    """
+    wanted = [max(n, s) for n, s in zip(window.shape, window.size, strict=True)]
+    for _ in range(3):  # axes that cannot shrink leave more to the others
+        excess = np.prod(wanted, dtype=float) / cells
+        free = [a for a in range(3) if wanted[a] > window.shape[a]]
+        if excess <= 1 or not free:
+            break
+        for a in free:
+            wanted[a] = max(window.shape[a], int(wanted[a] / excess ** (1 / len(free))))
+    z, y, x = (-(-n // multiple) * multiple for n in wanted)
+    return z, y, x
+
+
+def honour_clicks(result: ObjectLogits, clicks: Sequence[Click]) -> ObjectLogits:
+    """Logits in which every click has its way: its voxel is far above or below zero.
+
+    A newer click outvotes an older one on the same voxel, also between objects.
+    """
+    if not clicks:
+        return result
+    positive = [(c.position, tuple(p + 1 for p in c.position)) for c in clicks if c.positive]
+    stop = tuple(a + n for a, n in zip(result.start, result.logits.shape, strict=True))
+    own = [(result.start, stop)] if result.logits.size else []
+    if not own and not positive:
+        return result
+    low, high = _hull([*own, *positive])
+    size = tuple(b - a for a, b in zip(low, high, strict=True))
+    logits = result.logits
+    if size != logits.shape:
+        logits = np.full(size, -_SURE, np.float32)
+        if own:
+            place = tuple(
+                slice(s - a, s - a + n)
+                for s, a, n in zip(result.start, low, result.logits.shape, strict=True)
+            )
+            logits[place] = result.logits
+    np.clip(logits, -_SURE, _SURE, out=logits)
+    for age, click in enumerate(clicks):
+        index = tuple(p - a for p, a in zip(click.position, low, strict=True))
+        if all(0 <= i < n for i, n in zip(index, size, strict=True)):
+            logits[index] = (_SURE + 1 + age) * (1 if click.positive else -1)
+    return ObjectLogits(result.label, low, logits)
+
+
+def merge(results: Iterable[ObjectLogits], shape: Triple) -> NDArray[np.uint8]:
+    """One label map out of competing objects: the highest logit above zero wins a voxel.
+
+    The order of the objects does not matter, except that the lower label wins an exact tie.
+    """
+    labels = np.zeros(shape, np.uint8)
+    best = np.zeros(shape, np.float32)
+    for result in sorted(results, key=lambda r: r.label):
+        if not result.logits.size:
+            continue
+        place = tuple(
+            slice(a, a + n) for a, n in zip(result.start, result.logits.shape, strict=True)
+        )
+        wins = result.logits > best[place]
+        best[place][wins] = result.logits[wins]
+        labels[place][wins] = result.label
+    return labels
+
+
+def _hull(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Triple, Triple]:
+    """Smallest box around boxes."""
+    low = np.min([a for a, _ in boxes], axis=0)
+    high = np.max([b for _, b in boxes], axis=0)
+    return (int(low[0]), int(low[1]), int(low[2])), (int(high[0]), int(high[1]), int(high[2]))
+
+
+def _extend(
+    window: Window, boxes: Sequence[tuple[Sequence[int], Sequence[int], int]]
+) -> Window:
+    """The window with its faces moved out so that boxes lie inside with a margin each."""
+    start, stop = list(window.start), list(window.stop)
+    for low, high, margin in boxes:
+        for axis in range(3):
+            start[axis] = min(start[axis], low[axis] - margin)
+            stop[axis] = max(stop[axis], high[axis] + margin)
+    return Window((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]), window.shape)

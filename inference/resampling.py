@@ -1,0 +1,70 @@
+"""Voxels of a window to cells of its grid and back, on any device."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def resample(
+    volume: Tensor, shape: tuple[int, int, int], keep: tuple[slice, slice, slice] | None = None
+) -> Tensor:
+    """Resample (B, D, H, W) to (B, *shape), the outer voxel edges aligned.
+
+    Linear interpolation along an axis that grows; along one that shrinks the mean of the voxels
+    under each cell, weighted by their overlap, so that none is skipped. A size that stays is
+    copied exactly. The filter is separable: one small matrix an axis.
+
+    Args:
+        volume: (B, D, H, W) float.
+        shape: output size.
+        keep: the part of the output to compute; all of it by default.
+    """
+    volume = volume.contiguous()
+    parts = keep or (slice(None), slice(None), slice(None))
+    sizes = [len(range(*part.indices(n))) for part, n in zip(parts, shape, strict=True)]
+    for axis in sorted((1, 2, 3), key=lambda a: sizes[a - 1] / volume.shape[a]):  # shrink first
+        before, n, part = volume.shape[:axis], volume.shape[axis], parts[axis - 1]
+        m = shape[axis - 1]
+        if n == m:
+            volume = volume[(slice(None),) * axis + (part,)].contiguous()
+            continue
+        matrix = _matrix(n, m)[:, part].to(volume.device, volume.dtype)
+        if axis == 3:
+            volume = volume @ matrix
+        else:  # the axes behind are one: (..., n, rest), so that nothing is transposed
+            after = volume.shape[axis + 1 :]
+            volume = (matrix.T @ volume.reshape(*before, n, -1)).reshape(*before, -1, *after)
+    return volume
+
+
+@functools.lru_cache(maxsize=256)
+def _matrix(n: int, m: int) -> Tensor:
+    """(n, m) weights of n input voxels in each of m output cells; columns sum to 1."""
+    weights = np.zeros((n, m), np.float32)
+    if m > n:
+        position = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+        low = np.minimum(position.astype(int), max(n - 2, 0))
+        high = np.minimum(low + 1, n - 1)
+        np.add.at(weights, (low, np.arange(m)), 1 - (position - low))
+        np.add.at(weights, (high, np.arange(m)), position - low)
+    else:
+        edges = np.arange(m + 1) * n / m
+        voxels = np.arange(n)
+        overlap = np.minimum(edges[1:], voxels[:, None] + 1) - np.maximum(edges[:-1], voxels[:, None])
+        weights[:] = np.clip(overlap, 0, None) * m / n
+    return torch.from_numpy(weights)
+
+
+def to_tensor(voxels: NDArray[np.generic], device: torch.device | str = "cpu") -> Tensor:
+    """(D, H, W) array of any real dtype -> (1, D, H, W) float32 on ``device``."""
+    if voxels.dtype not in (np.uint8, np.float32):
+        voxels = voxels.astype(np.float32)
+    tensor = torch.from_numpy(np.ascontiguousarray(voxels))
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # uint8 crosses the bus, floats are made on the device
+    return tensor.to(device, non_blocking=True).float()[None]
