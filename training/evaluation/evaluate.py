@@ -1,0 +1,238 @@
+"""Command line: score a predictor on a folder of labelled cases, as the challenge does.
+
+Writes ``OUT/NAME_metrics.csv`` with the challenge's columns and ``OUT/summary.csv``, prints a table
+of modality by round. Exit status: 0 all predictions came back, 1 some failed, 2 nothing could
+start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from training.evaluation.labelled_case import load_labelled_case
+from training.evaluation.metrics import area_under_curve
+from training.evaluation.perturbation import VARIANTS, PromptVariant
+from training.evaluation.predictors import Predictor, PredictorChoice, build_predictor
+from training.evaluation.protocol import CaseResult, run_case
+from training.evaluation.results import RunFolder, format_table, summarise, write_csv
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; exits with status 2 and a message where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluation.evaluate", description=__doc__.splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--cases", type=Path, required=True, metavar="DIR", help="challenge files with gts")
+    add("--references", type=Path, metavar="DIR", help="files with gts, where not in the cases")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    add(
+        "--predictor",
+        default="segmenter",
+        help="segmenter, command, image, or a baseline (default: %(default)s)",
+    )
+    add("--name", help="name of the run (default: the predictor's)")
+    add("--weights", type=Path, metavar="FILE", help="segmenter: bundle (default: what ships)")
+    add("--sam", type=Path, metavar="FILE", help="segmenter: SAM-Med3D checkpoint")
+    add("--refiner", choices=("on", "off"), default="on", help="segmenter: off: SAM-Med3D alone")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="segmenter: where")
+    add("--postprocess", default="off", help="segmenter: policy (default: %(default)s)")
+    add("--command", help="command: with {inputs} and {outputs} where the folders belong")
+    add("--image", help="image: name of a container image")
+    add("--no-boxes", action="store_true", help="drop the boxes of every case")
+    add("--prompts", default="exact", help=f"comma-separated: all, {', '.join(VARIANTS)}")
+    add("--limit", type=int, metavar="N", help="only N cases, spread over the sorted list")
+    add("--jobs", type=int, default=1, metavar="N", help="cases at a time (default: %(default)s)")
+    add("--force", action="store_true", help="do cases again that are already done")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says; returns the exit status."""
+    options = parse_arguments(arguments)
+    try:
+        variants = _variants(options.prompts)
+        paths = _list_cases(options.cases, options.limit)
+        choice = _choice(options)
+        options.out.mkdir(parents=True, exist_ok=True)
+        failures = 0
+        for variant in variants:
+            name = options.name or options.predictor
+            if variant.name != "exact":
+                name = f"{name}@{variant.name}"
+            run = RunFolder(options.out, name)
+            run.open(_settings(choice, options, variant), force=options.force)
+            results = _evaluate(run, paths, choice, options, variant)
+            failures += _report(run, results, options.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if failures else 0
+
+
+def _variants(text: str) -> list[PromptVariant]:
+    names = list(VARIANTS) if text == "all" else text.split(",")
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"prompts {name!r}; accepted: all, {', '.join(VARIANTS)}")
+    return [VARIANTS[name] for name in names]
+
+
+def _list_cases(folder: Path, limit: int | None) -> list[Path]:
+    paths = sorted(path for path in folder.glob("*.npz") if not path.name.startswith("."))
+    if not paths:
+        raise ValueError(f"cases folder {folder}: no .npz file")
+    if limit is not None and limit < len(paths):
+        if limit < 1:
+            raise ValueError(f"limit {limit}; accepted: at least 1")
+        paths = [paths[i] for i in np.linspace(0, len(paths) - 1, limit).round().astype(int)]
+    return paths
+
+
+def _choice(options: argparse.Namespace) -> PredictorChoice:
+    return PredictorChoice(
+        kind=options.predictor,
+        weights=options.weights,
+        sam=options.sam,
+        refiner=options.refiner == "on",
+        device=options.device,
+        postprocess=options.postprocess,
+        command=options.command,
+        image=options.image,
+    )
+
+
+def _settings(
+    choice: PredictorChoice, options: argparse.Namespace, variant: PromptVariant
+) -> dict[str, Any]:
+    """What the scores depend on, weights by content."""
+    settings = asdict(choice)
+    for key in ("weights", "sam"):
+        if settings[key] is not None:
+            settings[key] = hashlib.sha256(settings[key].read_bytes()).hexdigest()
+    cases = {"cases": str(options.cases.resolve()), "references": str(options.references or "")}
+    return {**settings, **cases, "boxes": not options.no_boxes, "prompts": variant.name}
+
+
+def _evaluate(
+    run: RunFolder,
+    paths: list[Path],
+    choice: PredictorChoice,
+    options: argparse.Namespace,
+    variant: PromptVariant,
+) -> list[CaseResult]:
+    """All cases, those already done from their files; a bar with the running means."""
+    results = [done for path in paths if (done := run.load(path.name)) is not None]
+    known = {result.name for result in results}
+    left = [path for path in paths if path.name not in known]
+    if known:
+        print(f"{run.name}: {len(known)} of {len(paths)} cases already done", flush=True)
+    on_terminal = sys.stderr.isatty()
+    with tqdm(
+        total=len(paths), initial=len(known), unit="case", desc=run.name, disable=not on_terminal
+    ) as bar:
+        for result, segs in _run_all(left, choice, options, variant):
+            run.save(result, segs)
+            results.append(result)
+            for turn, held in enumerate(result.rounds):
+                if held is not None and held.error is not None:
+                    bar.write(f"{result.name} round {turn}: {held.error}", file=sys.stderr)
+            auc = np.mean([area_under_curve(r.case_scores("dsc")) for r in results])
+            final = np.mean([r.case_scores("dsc")[-1] for r in results])
+            running = f"mean DSC_AUC {auc:.4f} DSC_Final {final:.4f}"
+            bar.set_postfix_str(running)
+            bar.update()
+            if not on_terminal:
+                print(
+                    f"{len(results)}/{len(paths)} {result.name}: {result.seconds:.2f} s, "
+                    f"DSC {_chain(result, 'dsc')}, NSD {_chain(result, 'nsd')}; {running}",
+                    flush=True,
+                )
+    return results
+
+
+def _chain(result: CaseResult, metric: str) -> str:
+    """Scores of all rounds in short."""
+    held = zip(result.rounds, result.case_scores(metric), strict=True)
+    return " ".join("–" if r is None else f"{value:.3f}" for r, value in held)
+
+
+def _run_all(
+    paths: list[Path], choice: PredictorChoice, options: argparse.Namespace, variant: PromptVariant
+) -> Iterator[tuple[CaseResult, NDArray[np.uint8]]]:
+    if not paths:
+        return
+    how = (options.references, not options.no_boxes, variant)
+    if options.jobs == 1:
+        predictor = build_predictor(choice)
+        for path in paths:
+            yield _run_one(path, predictor, *how)
+        return
+    with ProcessPoolExecutor(
+        options.jobs,
+        # A fork would share torch's threads and locks with the parent.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(choice, options.jobs),
+    ) as pool:
+        tasks = [pool.submit(_run_in_worker, path, *how) for path in paths]
+        try:
+            for task in as_completed(tasks):
+                yield task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_one(
+    path: Path, predictor: Predictor, references: Path | None, boxes: bool, variant: PromptVariant
+) -> tuple[CaseResult, NDArray[np.uint8]]:
+    return run_case(load_labelled_case(path, references, boxes=boxes), predictor, variant)
+
+
+_worker_predictor: Predictor
+
+
+def _start_worker(choice: PredictorChoice, jobs: int) -> None:
+    global _worker_predictor
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    _worker_predictor = build_predictor(choice)
+
+
+def _run_in_worker(
+    path: Path, references: Path | None, boxes: bool, variant: PromptVariant
+) -> tuple[CaseResult, NDArray[np.uint8]]:
+    return _run_one(path, _worker_predictor, references, boxes, variant)
+
+
+def _report(run: RunFolder, results: list[CaseResult], out: Path) -> int:
+    """Write the tables and print one; returns the number of failed predictions."""
+    run.write_metrics(results)
+    write_csv(out / "summary.csv", summarise(results))
+    print(f"\n{run.name}\n{format_table(results)}")
+    late = [r.name for r in results if r.seconds > r.seconds_allowed]
+    if late:
+        print(f"over the time limit, counted as 0 above: {', '.join(sorted(late))}")
+    failed = [r.name for r in results for held in r.rounds if held is not None and held.error]
+    if failed:
+        print(f"{len(failed)} predictions failed, in {', '.join(sorted(set(failed)))}")
+    print(f"{sum(r.seconds for r in results):.1f} s of prediction; {run.metrics_csv}", flush=True)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

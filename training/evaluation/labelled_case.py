@@ -1,0 +1,102 @@
+"""A labelled case: the arrays of a challenge file, and the reference kept apart from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from inference.npz import NpzFile
+from training.evaluation.label_map import LabelMap
+from training.evaluation.metrics import as_spacing
+from training.evaluation.surface_dice import Spacing
+
+_MODALITIES = {"MRI": "MR", "Ultrasound": "US", "Micro": "Microscopy"}
+
+
+@dataclass(frozen=True)
+class LabelledCase:
+    """One case to be scored.
+
+    Attributes:
+        name: file name, ``.npz`` included.
+        arrays: what a predictor may see of the file: everything but the reference.
+        reference: the true labels; each label is a class, in ascending order.
+        stored_spacing: as the file has it, (x, y, z) mm; the challenge's NSD takes it unpermuted.
+        structures: name of each class where a ``manifest.json`` beside the case gives one.
+    """
+
+    name: str
+    arrays: Mapping[str, NDArray[Any]]
+    reference: LabelMap
+    stored_spacing: Spacing
+    structures: tuple[str, ...]
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether the box round is held."""
+        return "boxes" in self.arrays
+
+
+def load_labelled_case(
+    path: Path, references: Path | None = None, *, boxes: bool = True
+) -> LabelledCase:
+    """Read a case and its reference.
+
+    Args:
+        path: challenge file; ``gts`` in it unless ``references`` is given.
+        references: folder with a file of the same name that holds ``gts``.
+        boxes: False drops the boxes, as for the challenge's cases that come without.
+
+    Raises:
+        ValueError: no reference, nothing labelled, shapes or numbers of classes that differ.
+    """
+    with NpzFile(path) as file:
+        arrays = {key: file[key] for key in file if key != "gts"}
+        labels = file["gts"] if "gts" in file and references is None else None
+    if references is not None:
+        with NpzFile(references / path.name) as file:
+            labels = file.get("gts")
+    if labels is None:
+        raise ValueError(f"{path.name}: no gts; evaluation needs the reference labels")
+    image, spacing = (arrays.get(key) for key in ("imgs", "spacing"))
+    if image is None or spacing is None:
+        raise ValueError(f"{path.name}: holds {sorted(arrays)}; accepted: imgs and spacing")
+    if labels.shape != image.shape:
+        raise ValueError(f"{path.name}: gts of shape {labels.shape}, imgs of {image.shape}")
+    reference = LabelMap.of(labels)
+    if not reference.labels:
+        raise ValueError(f"{path.name}: no labelled voxel")
+    if not boxes:
+        arrays.pop("boxes", None)
+    if "boxes" in arrays and len(arrays["boxes"]) != len(reference.labels):
+        raise ValueError(
+            f"{path.name}: {len(arrays['boxes'])} boxes for {len(reference.labels)} classes"
+        )
+    return LabelledCase(
+        path.name,
+        arrays,
+        reference,
+        as_spacing(spacing.reshape(-1)),
+        _structures(path, reference.labels),
+    )
+
+
+def modality_of(name: str) -> str:
+    """The modality a challenge file is named after: CT, MR, PET, US or Microscopy."""
+    prefix = name.split("_", 1)[0]
+    return _MODALITIES.get(prefix, prefix)
+
+
+def _structures(path: Path, labels: list[int]) -> tuple[str, ...]:
+    manifest = path.parent / "manifest.json"
+    named: Mapping[str, str] = {}
+    if manifest.is_file():
+        for entry in json.loads(manifest.read_text()):
+            if entry.get("file") == path.name:
+                named = entry.get("structures") or {}
+    return tuple(str(named.get(str(label), "unnamed")) for label in labels)

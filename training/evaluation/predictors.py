@@ -1,0 +1,245 @@
+"""Predictors: whatever turns one round's input into a label map, timed.
+
+All of them see exactly the same arrays: those a challenge file of that round holds.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inference.case import Case, parse_case
+from inference.npz import NpzFile
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Prediction(NamedTuple):
+    """A label map (D, H, W) and what it cost; memory is None where it cannot be measured."""
+
+    segs: NDArray[np.uint8]
+    seconds: float
+    peak_bytes: int | None
+
+
+class PredictionError(Exception):
+    """No label map came back; the message says why."""
+
+
+class Predictor(Protocol):
+    """Segments one round of one case."""
+
+    def __call__(self, arrays: Arrays, name: str) -> Prediction:
+        """Segment.
+
+        Args:
+            arrays: imgs, spacing and, where this round has them, boxes, clicks, clicks_order and
+                prev_pred, as the challenge's files hold them.
+            name: the case's file name.
+
+        Raises:
+            PredictionError: no usable label map.
+        """
+
+
+class InProcess:
+    """A function of a case, called in this process."""
+
+    def __init__(self, segment: Callable[[Case], NDArray[np.uint8]]) -> None:
+        """Wrap ``segment``: Case -> (D, H, W) labels."""
+        self._segment = segment
+
+    def __call__(self, arrays: Arrays, name: str) -> Prediction:
+        """See :class:`Predictor`; parsing is timed too, reading and writing files is not."""
+        measurable = _reset_peak_memory()
+        started = time.perf_counter()
+        try:
+            segs = self._segment(parse_case(arrays, name))
+        except Exception as error:  # one bad case must not end the run
+            raise PredictionError(f"{type(error).__name__}: {error}") from error
+        seconds = time.perf_counter() - started
+        peak = _peak_memory() if measurable else None
+        return Prediction(_checked(segs, arrays["imgs"].shape), seconds, peak)
+
+
+class Command:
+    """A command that reads an inputs folder and writes an outputs folder, one process a round."""
+
+    def __init__(self, command: str, directory: Path | None = None) -> None:
+        """Take a command line with ``{inputs}`` and ``{outputs}`` where the folders belong.
+
+        Args:
+            command: split as a shell would, but run without one.
+            directory: where it runs; the current one by default.
+        """
+        if "{inputs}" not in command or "{outputs}" not in command:
+            raise ValueError(f"command {command!r}; accepted: one with {{inputs}} and {{outputs}}")
+        self._command = command
+        self._directory = directory
+
+    def __call__(self, arrays: Arrays, name: str) -> Prediction:
+        """See :class:`Predictor`; only the process is timed, from its start to its end."""
+        with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
+            inputs, outputs, log = (Path(folder, part) for part in ("inputs", "outputs", "log"))
+            for place in (inputs, outputs):
+                place.mkdir()
+                place.chmod(0o777)  # a container's user is another
+            np.savez_compressed(inputs / name, **arrays)
+            words = [
+                word.replace("{inputs}", str(inputs)).replace("{outputs}", str(outputs))
+                for word in shlex.split(self._command)
+            ]
+            seconds, peak, status = self._run(words, log)
+            written = outputs / name
+            if not written.is_file():
+                tail = " ".join(log.read_text(errors="replace").split())[-300:]
+                raise PredictionError(f"exit status {status}, no {name} written: {tail}")
+            try:
+                with NpzFile(written) as file:
+                    segs = file["segs"]
+            except (ValueError, KeyError, OSError) as error:
+                raise PredictionError(f"output {name}: {error}") from error
+            return Prediction(_checked(segs, arrays["imgs"].shape), seconds, peak)
+
+    def _run(self, words: list[str], log: Path) -> tuple[float, int | None, int]:
+        """Seconds, peak resident bytes of the largest process, and exit status."""
+        with log.open("wb") as output:
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                words,
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                _, status, usage = os.wait4(process.pid, 0)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+            seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return seconds, usage.ru_maxrss * 1024, process.returncode
+
+
+class Image(Command):
+    """A container image, started as the challenge starts it."""
+
+    def __init__(self, image: str, *, gpu: bool) -> None:
+        """Run ``image``, with the first GPU where there is one."""
+        super().__init__(
+            "docker container run "
+            + ("--gpus device=0 " if gpu else "")
+            + f"-m 32G --name evaluate-{uuid.uuid4().hex[:12]} --rm "
+            "-v {inputs}/:/workspace/inputs/ -v {outputs}/:/workspace/outputs/ "
+            f'{shlex.quote(image)} /bin/bash -c "sh predict.sh"'
+        )
+
+    def _run(self, words: list[str], log: Path) -> tuple[float, int | None, int]:
+        seconds, _, status = super()._run(words, log)
+        return seconds, None, status  # the client's memory says nothing about the container's
+
+
+@dataclass(frozen=True)
+class PredictorChoice:
+    """Which predictor, as the command line names it; sent to every worker, which builds its own.
+
+    Attributes:
+        kind: ``segmenter``, ``command``, ``image`` or the name of a baseline.
+        weights: bundle of the segmenter; what ships by default.
+        sam: SAM-Med3D checkpoint of the segmenter.
+        refiner: False: SAM-Med3D alone.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        postprocess: policy of the segmenter's post-processing.
+        command: command line of ``command``.
+        image: image name of ``image``.
+    """
+
+    kind: str
+    weights: Path | None = None
+    sam: Path | None = None
+    refiner: bool = True
+    device: str = "auto"
+    postprocess: str = "off"
+    command: str | None = None
+    image: str | None = None
+
+
+def build_predictor(choice: PredictorChoice) -> Predictor:
+    """Build what ``choice`` names; weights are read here, once."""
+    if choice.kind == "command":
+        if choice.command is None:
+            raise ValueError("predictor command needs --command")
+        return Command(choice.command)
+    if choice.kind == "image":
+        if choice.image is None:
+            raise ValueError("predictor image needs --image")
+        import torch
+
+        return Image(choice.image, gpu=torch.cuda.is_available())
+    if choice.kind == "segmenter":
+        return InProcess(_segmenter(choice))
+    from training.evaluation.baselines import BASELINES
+
+    if choice.kind not in BASELINES:
+        accepted = ", ".join(["segmenter", "command", "image", *BASELINES])
+        raise ValueError(f"predictor {choice.kind!r}; accepted: {accepted}")
+    return InProcess(BASELINES[choice.kind])
+
+
+def _segmenter(choice: PredictorChoice) -> Callable[[Case], NDArray[np.uint8]]:
+    from inference.segmenter import Segmenter
+
+    from inference.predict import DEFAULT_WEIGHTS
+
+    weights = choice.weights
+    if weights is None and not (choice.sam is not None and not choice.refiner):
+        weights = DEFAULT_WEIGHTS
+    segmenter = Segmenter.from_files(
+        weights, sam=choice.sam, refiner=choice.refiner, device=choice.device
+    )
+    if choice.postprocess == "off":
+        return segmenter.segment_case
+
+    from inference.postprocessing import postprocess
+
+    return lambda case: postprocess(segmenter.segment_case(case), choice.postprocess)
+
+
+def _checked(segs: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    if segs.shape != shape:
+        raise PredictionError(f"segs of shape {segs.shape}; accepted: {shape}")
+    if segs.dtype == np.uint8:
+        return segs
+    labels = segs.astype(np.uint8)
+    if not np.array_equal(labels, segs):
+        raise PredictionError(f"segs of {segs.dtype} beyond uint8; accepted: 0 to 255")
+    return labels
+
+
+def _reset_peak_memory() -> bool:
+    """Start a new peak of resident memory; False where the system has none to reset."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_memory() -> int | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
