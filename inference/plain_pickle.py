@@ -1,0 +1,166 @@
+"""Reading pickles that nobody vouches for: plain containers, numbers, strings, numpy arrays.
+
+A pickle is a program. The unpickler's documented hook, ``find_class``, keeps it from naming other
+functions, but not from altering those it may name, from making the unpickler's memo as long as it
+likes, or from handing states of its choice to numpy's C code; so here the instructions are looked
+at first, and stand-ins take the place of everything of numpy's.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What pickle writes for plain containers, numbers, strings and numpy arrays, protocols 0 to 5.
+# Left out: everything that makes other objects (INST, OBJ, NEWOBJ, EXT, PERSID, sets, buffers).
+_OPCODES = frozenset(
+    """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE
+    INT LONG LONG1 BININT BININT1 BININT2 FLOAT BINFLOAT
+    UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8
+    EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    EMPTY_DICT DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD
+    PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET""".split()  # noqa: SIM905
+)
+
+
+def load_plain_pickle(data: bytes) -> object:
+    """The object of a pickle that may hold only plain data.
+
+    That is: dict, list, tuple, int (of at most 64 bits), float, str, bytes, bool, None, and numpy
+    arrays and scalars of bool, integer, float, string and object dtype.
+
+    Raises:
+        ValueError: if it holds anything else, or is damaged.
+    """
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name not in _OPCODES:
+                raise ValueError(f"a pickle with the instruction {opcode.name}")
+            if not isinstance(argument, int):
+                continue
+            # The unpickler makes its memo as long as the largest index asks, and integers over
+            # 64 bits can be chosen to collide as keys of a dict.
+            if ("PUT" in opcode.name and argument > len(data)) or argument.bit_length() > 64:
+                raise ValueError(f"a pickle with {opcode.name} of {argument.bit_length()} bits")
+        return _PlainUnpickler(io.BytesIO(data)).load()
+    except MemoryError:
+        raise
+    except ValueError as error:
+        raise ValueError(str(error) or "a damaged pickle") from None
+    except Exception as error:  # a damaged pickle may raise anything (documentation of pickle)
+        raise ValueError(f"a pickle that cannot be read: {error}") from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        module = re.sub(r"^numpy\.core\b", "numpy._core", module)  # its name before numpy 2
+        function = _GLOBALS.get((module, name))
+        if function is None:
+            raise ValueError(f"a pickle that asks for {module}.{name}")
+        return _Global(function)
+
+
+class _Global:
+    """A function a pickle may call. It is made anew each time and cannot be changed by a pickle."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: object) -> object:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise ValueError("a pickle that changes a function")
+
+
+class _Dtype:
+    """Stands for ``numpy.dtype``, whose own ``__setstate__`` trusts what it gets."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, code: object, *_: object) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[?biufOSU]\d{0,6}", code):
+            raise ValueError(f"a pickle with the dtype {code!r:.40}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, byte_order, subarray, names, fields, *_ = state
+        if (subarray, names, fields) != (None, None, None) or byte_order not in (
+            "<",
+            ">",
+            "|",
+            "=",
+        ):
+            raise ValueError("a pickle with a structured dtype")
+        self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class _PickledArray(np.ndarray[Any, np.dtype[Any]]):
+    """An array that checks the state a pickle gives it before numpy sees it."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran_order, data = state
+        _check_array(shape, dtype, data)
+        super().__setstate__((1, shape, dtype.dtype, bool(fortran_order), data))  # type: ignore[arg-type]
+
+
+def _check_array(shape: object, dtype: object, data: object) -> None:
+    if not isinstance(dtype, _Dtype) or dtype.dtype.itemsize == 0:
+        raise ValueError("a pickle with an array without dtype")
+    if not (isinstance(shape, tuple) and len(shape) <= 32 and all(type(n) is int for n in shape)):
+        raise ValueError("a pickle with an array without shape")
+    is_object = dtype.dtype == np.dtype(object)
+    if not isinstance(data, list if is_object else bytes | bytearray):
+        raise ValueError(f"a pickle with an array made of {type(data).__name__}")
+    size = len(data) if is_object else len(data) / dtype.dtype.itemsize
+    if min(shape, default=0) < 0 or math.prod(shape) != size:
+        raise ValueError(f"a pickle with an array of shape {shape} made of {len(data)} bytes")
+
+
+def _new_array(subtype: object, shape: object, code: object) -> _PickledArray:
+    """``numpy.core.multiarray._reconstruct``: an empty array whose state comes next."""
+    return np.empty(0, np.uint8).view(_PickledArray)
+
+
+def _array_from_buffer(data: bytes, dtype: _Dtype, shape: Any, order: str) -> NDArray[Any]:
+    """``numpy.core.numeric._frombuffer``: how protocol 5 writes an array."""
+    _check_array(shape, dtype, data)
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> object:
+    """``numpy.core.multiarray.scalar``."""
+    _check_array((), dtype, data)
+    return np.frombuffer(data, dtype.dtype)[0]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """``_codecs.encode``: how protocols 0 to 2 write bytes."""
+    if encoding != "latin1":
+        raise ValueError(f"a pickle with bytes encoded as {encoding!r:.40}")
+    return text.encode("latin1")
+
+
+def _not_callable(*_: object) -> object:
+    raise ValueError("a pickle that calls numpy.ndarray")
+
+
+_GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
+    ("numpy", "ndarray"): _not_callable,  # an argument of _reconstruct
+    ("numpy", "dtype"): _Dtype,
+    ("numpy._core.multiarray", "_reconstruct"): _new_array,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
+    ("_codecs", "encode"): _encode,
+}
