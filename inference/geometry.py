@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,16 +99,34 @@ class Window:
         return padded
 
 
-def window_around(
-    start: Iterable[float], stop: Iterable[float], scale: float, shape: Triple, minimum: float = 8
-) -> Window:
-    """The window of ``shape`` cells on ``scale`` times the box ``start``..``stop``, same centre.
+#: Least edge of a region of interest, as a share of its longest edge in millimetres.
+SLENDEREST = 0.6
+_SHORTEST = 8  # voxels
 
-    No axis is shorter than ``minimum`` voxels.
+
+def window_around(
+    start: Sequence[float],
+    stop: Sequence[float],
+    shape: Triple,
+    spacing_mm: Sequence[float],
+    scale: float = 1.0,
+) -> Window:
+    """The region of interest about a box: ``scale`` times its edges, same centre.
+
+    A box may say little about an object that winds: it is exact on its middle slice only. So no
+    axis is shorter than :data:`SLENDEREST` times the longest, in millimetres, nor than 8 voxels.
+
+    Args:
+        start, stop: edges of the box in voxels, half-open.
+        shape: cells of the window.
+        spacing_mm: (z, y, x).
+        scale: region edge over box edge.
     """
+    edges = [b - a for a, b in zip(start, stop, strict=True)]
+    least = SLENDEREST * max(e * s for e, s in zip(edges, spacing_mm, strict=True))
     low, high = [], []
-    for a, b in zip(start, stop, strict=True):
-        centre, half = (a + b) / 2, max((b - a) * scale, minimum) / 2
+    for a, edge, spacing in zip(start, edges, spacing_mm, strict=True):
+        centre, half = a + edge / 2, max(max(edge, least / spacing) * scale, _SHORTEST) / 2
         low.append(round(centre - half))
         high.append(max(round(centre + half), low[-1] + 1))
     return Window((low[0], low[1], low[2]), (high[0], high[1], high[2]), shape)

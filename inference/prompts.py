@@ -123,7 +123,9 @@ def _box_maps(
         if has_previous or not seeds:
             return nothing, nothing, nothing
         squares = [
-            sum(((a - c) / (_SPHERE_RADIUS * n)) ** 2 for a, c, n in zip(axes, s, size, strict=True))
+            sum(
+                ((a - c) / (_SPHERE_RADIUS * n)) ** 2 for a, c, n in zip(axes, s, size, strict=True)
+            )
             for s in seeds
         ]
         radius = torch.stack([torch.as_tensor(s) for s in squares]).amin(0).sqrt()
@@ -131,7 +133,8 @@ def _box_maps(
         return prior, nothing, nothing
     low, high = prompts.box
     offsets = [  # -1 and 1 on the box's faces, broadcastable
-        (a - (lo + hi) / 2) / max((hi - lo) / 2, 0.5) for a, lo, hi in zip(axes, low, high, strict=True)
+        (a - (lo + hi) / 2) / max((hi - lo) / 2, 0.5)
+        for a, lo, hi in zip(axes, low, high, strict=True)
     ]
     dz, dy, dx = offsets
     radius = (dz**2 + dy**2 + dx**2).sqrt()
@@ -148,9 +151,7 @@ def _click_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positive and negative click maps (0..1) and the clicks' log-odds, each (D, H, W)."""
     z, y, x = axes
-    maps = {
-        flag: z.new_zeros((z.numel(), y.numel(), x.numel())) for flag in (True, False)
-    }
+    maps = {flag: z.new_zeros((z.numel(), y.numel(), x.numel())) for flag in (True, False)}
     evidence = torch.zeros_like(maps[True])
     for age, (position, positive) in enumerate(reversed(prompts.clicks)):
         gz, gy, gx = (

@@ -71,20 +71,19 @@ def first_window(
     """
     points = [(click.position, tuple(p + 1 for p in click.position)) for click in prompts.clicks]
     if prompts.box is not None:
-        window = window_around(prompts.box.start, prompts.box.stop, BOX_SCALE, shape)
+        window = window_around(prompts.box.start, prompts.box.stop, shape, spacing_mm, BOX_SCALE)
     elif previous is not None:
         positive = [p for p, c in zip(points, prompts.clicks, strict=True) if c.positive]
-        window = window_around(*_hull([previous, *positive]), BOX_SCALE, shape)
+        window = window_around(*_hull([previous, *positive]), shape, spacing_mm, BOX_SCALE)
     else:
-        low, high = _hull([p for p, c in zip(points, prompts.clicks, strict=True) if c.positive] or points)
-        edge = max(n * s for n, s in zip(volume, spacing_mm, strict=True)) / 4
-        half = [max(edge / s, 8.0) / 2 for s in spacing_mm]
-        window = window_around(
-            [a - h for a, h in zip(low, half, strict=True)],
-            [b + h for b, h in zip(high, half, strict=True)],
-            1.0,
-            shape,
+        low, high = _hull(
+            [p for p, c in zip(points, prompts.clicks, strict=True) if c.positive] or points
         )
+        edge = max(n * s for n, s in zip(volume, spacing_mm, strict=True)) / 4
+        half = [edge / s / 2 for s in spacing_mm]
+        low_edges = [a - h for a, h in zip(low, half, strict=True)]
+        high_edges = [b + h for b, h in zip(high, half, strict=True)]
+        window = window_around(low_edges, high_edges, shape, spacing_mm)
     inside = [(a, b, _CLICK_MARGIN) for a, b in points]
     if previous is not None:
         inside.append((*previous, 1))
@@ -92,7 +91,7 @@ def first_window(
 
 
 def grown_window(window: Window, touched: Sequence[tuple[bool, bool]], volume: Triple) -> Window:
-    """The window moved outwards on the touched faces by half its edge / 2 on each, within reason.
+    """The window, 1.5 times as long on the axes whose faces are touched, moved out on those faces.
 
     Args:
         window: the current one.
@@ -180,11 +179,12 @@ def honour_clicks(result: ObjectLogits, clicks: Sequence[Click]) -> ObjectLogits
 def merge(results: Iterable[ObjectLogits], shape: Triple) -> NDArray[np.uint8]:
     """One label map out of competing objects: the highest logit above zero wins a voxel.
 
-    The order of the objects does not matter, except that the lower label wins an exact tie.
+    The order of the objects does not matter, except that the first one wins an exact tie. They
+    are taken one at a time, so an iterator keeps one object's logits in memory.
     """
     labels = np.zeros(shape, np.uint8)
     best = np.zeros(shape, np.float32)
-    for result in sorted(results, key=lambda r: r.label):
+    for result in results:
         if not result.logits.size:
             continue
         place = tuple(
@@ -203,9 +203,7 @@ def _hull(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Triple,
     return (int(low[0]), int(low[1]), int(low[2])), (int(high[0]), int(high[1]), int(high[2]))
 
 
-def _extend(
-    window: Window, boxes: Sequence[tuple[Sequence[int], Sequence[int], int]]
-) -> Window:
+def _extend(window: Window, boxes: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> Window:
     """The window with its faces moved out so that boxes lie inside with a margin each."""
     start, stop = list(window.start), list(window.stop)
     for low, high, margin in boxes:

@@ -55,7 +55,9 @@ def _matrix(n: int, m: int) -> Tensor:
     else:
         edges = np.arange(m + 1) * n / m
         voxels = np.arange(n)
-        overlap = np.minimum(edges[1:], voxels[:, None] + 1) - np.maximum(edges[:-1], voxels[:, None])
+        overlap = np.minimum(edges[1:], voxels[:, None] + 1) - np.maximum(
+            edges[:-1], voxels[:, None]
+        )
         weights[:] = np.clip(overlap, 0, None) * m / n
     return torch.from_numpy(weights)
 

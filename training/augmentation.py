@@ -50,7 +50,9 @@ def change_intensities(image: Tensor, rng: np.random.Generator) -> Tensor:
     if rng.random() < 0.12:
         image = 1 - image
     if rng.random() < 0.15:
-        shape = [max(8, round(n * f)) for n, f in zip(image.shape, rng.uniform(0.35, 1, 3), strict=True)]
+        shape = [
+            max(8, round(n * f)) for n, f in zip(image.shape, rng.uniform(0.35, 1, 3), strict=True)
+        ]
         size = tuple(image.shape)
         image = resample(resample(image[None], (shape[0], shape[1], shape[2])), size)[0]
     if rng.random() < 0.15:

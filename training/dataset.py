@@ -30,6 +30,7 @@ class LabelledVolume:
     name: str
     image: Tensor | None
     labels: Tensor
+    spacing_mm: tuple[float, float, float]  # (z, y, x)
     objects: tuple[tuple[int, Triple, Triple], ...]  # label, start, stop
 
     @property
@@ -54,6 +55,7 @@ def load_folder(folder: Path, device: torch.device | str = "cpu") -> list[Labell
         with np.load(path, allow_pickle=False) as arrays:
             labels = arrays["gts"]
             image = arrays["imgs"] if "imgs" in arrays else None
+            x, y, z = (float(v) for v in arrays["spacing"])
         kind = np.uint8 if labels.max() < 256 else np.int16
         labels = np.ascontiguousarray(labels.astype(kind))
         objects = []
@@ -63,10 +65,14 @@ def load_folder(folder: Path, device: torch.device | str = "cpu") -> list[Labell
             start = (place[0].start, place[1].start, place[2].start)
             objects.append((label, start, (place[0].stop, place[1].stop, place[2].stop)))
         if image is not None:
-            image = np.clip(np.nan_to_num(image.astype(np.float32)), 0, 255).round().astype(np.uint8)
+            image = (
+                np.clip(np.nan_to_num(image.astype(np.float32)), 0, 255).round().astype(np.uint8)
+            )
         tensor = None if image is None else torch.from_numpy(image).to(device)
         volumes.append(
-            LabelledVolume(path.stem, tensor, torch.from_numpy(labels).to(device), tuple(objects))
+            LabelledVolume(
+                path.stem, tensor, torch.from_numpy(labels).to(device), (z, y, x), tuple(objects)
+            )
         )
     if not any(volume.objects for volume in volumes):
         raise ValueError(f"{folder} holds no labelled volume; accepted: npz files with gts")
@@ -150,19 +156,21 @@ class EpisodeSampler:
         if rng.random() < config.permute:
             order = tuple(int(a) for a in rng.permutation(3))  # type: ignore[assignment]
         labels = volume.labels.permute(order)
-        start, stop = (
-            (corner[order[0]], corner[order[1]], corner[order[2]]) for corner in (start, stop)
+        start, stop, spacing_mm = (
+            (triple[order[0]], triple[order[1]], triple[order[2]])
+            for triple in (start, stop, volume.spacing_mm)
         )
         place = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        low, high, middle = challenge_box((labels[place] == label).cpu().numpy(), self._padding(labels))
+        low, high, middle = challenge_box(
+            (labels[place] == label).cpu().numpy(), self._padding(labels)
+        )
         low = tuple(a + s for a, s in zip(low, start, strict=True))  # type: ignore[assignment]
         high = tuple(b + s for b, s in zip(high, start, strict=True))  # type: ignore[assignment]
         middle += start[0]
 
         boxed = rng.random() >= config.no_box
-        window = self._window(low, high, boxed, edge)
-        region_size = max(window.size)
-        zoomed = boxed and region_size > 1.25 * edge and rng.random() < config.zoom
+        window = self._window(low, high, boxed, edge, spacing_mm)
+        zoomed = boxed and max(window.size) > 1.25 * edge and rng.random() < config.zoom
         if zoomed:
             window = self._zoom(window, labels[place] == label, start, edge)
 
@@ -209,7 +217,14 @@ class EpisodeSampler:
             prompts = WindowPrompts(clicks=(first,))
         rounds = int(rng.integers(1, config.max_rounds + 1))
         return Episode(
-            image, target, prompts, mask, window.cell, rounds, volume.source, int(zoomed or not boxed)
+            image,
+            target,
+            prompts,
+            mask,
+            window.cell,
+            rounds,
+            volume.source,
+            int(zoomed or not boxed),
         )
 
     def _padding(self, labels: Tensor) -> tuple[float, float, float]:
@@ -218,7 +233,12 @@ class EpisodeSampler:
         return 0.0, y, x
 
     def _window(
-        self, low: tuple[float, ...], high: tuple[float, ...], boxed: bool, edge: int
+        self,
+        low: tuple[float, ...],
+        high: tuple[float, ...],
+        boxed: bool,
+        edge: int,
+        spacing_mm: tuple[float, float, float],
     ) -> Window:
         """A window about a box: as inference chooses it, with jitter; freer without a box."""
         rng, shape = self._rng, (edge, edge, edge)
@@ -226,22 +246,24 @@ class EpisodeSampler:
         size = [b - a for a, b in zip(low, high, strict=True)]
         if boxed:
             scale = float(rng.uniform(*self._config.box_scale))
-            edges = [s * scale * float(np.exp(rng.normal(0, 0.05))) for s in size]
-            shift = 0.06
+            factors, shift = np.exp(rng.normal(0, 0.05, 3)), 0.06
         elif rng.random() < 0.5:
             scale = float(np.exp(rng.uniform(np.log(1.2), np.log(4.0))))
-            edges = [s * scale * float(np.exp(rng.normal(0, 0.2))) for s in size]
-            shift = 0.15
-        else:
-            cube = max(size) * float(rng.uniform(1.1, 2.6))
-            edges = [max(cube, 1.2 * s) for s in size]
-            shift = 0.15
-        centre = [c + float(rng.uniform(-shift, shift)) * s for c, s in zip(centre, size, strict=True)]
+            factors, shift = np.exp(rng.normal(0, 0.2, 3)), 0.15
+        else:  # a cube, as the first look of a case without boxes
+            longest = max(s * mm for s, mm in zip(size, spacing_mm, strict=True))
+            scale, shift = float(rng.uniform(1.1, 2.6)), 0.15
+            factors = np.array([longest / (s * mm) for s, mm in zip(size, spacing_mm, strict=True)])
+        edges = [s * float(f) for s, f in zip(size, factors, strict=True)]
+        centre = [
+            c + float(rng.uniform(-shift, shift)) * s for c, s in zip(centre, size, strict=True)
+        ]
         return window_around(
             [c - e / 2 for c, e in zip(centre, edges, strict=True)],
             [c + e / 2 for c, e in zip(centre, edges, strict=True)],
-            1.0,
             shape,
+            spacing_mm,
+            scale,
         )
 
     def _zoom(self, window: Window, mask: Tensor, offset: Triple, edge: int) -> Window:
@@ -251,9 +273,13 @@ class EpisodeSampler:
         surface = (mask & ~inside).nonzero()
         point = surface[rng.integers(len(surface))].tolist()
         share = float(rng.uniform(0.3, 0.75))
-        edges = [min(max(s * share, edge), s) for s in window.size]
-        low = [p + o - e * float(rng.uniform(0.25, 0.75)) for p, o, e in zip(point, offset, edges, strict=True)]
-        return window_around(low, [a + e for a, e in zip(low, edges, strict=True)], 1.0, window.shape)
+        edges = [round(min(max(s * share, edge), s)) for s in window.size]
+        low = [
+            round(p + o - e * float(rng.uniform(0.25, 0.75)))
+            for p, o, e in zip(point, offset, edges, strict=True)
+        ]
+        high = [a + e for a, e in zip(low, edges, strict=True)]
+        return Window((low[0], low[1], low[2]), (high[0], high[1], high[2]), window.shape)
 
 
 def _crop(volume: Tensor, window: Window, edge: bool) -> Tensor:

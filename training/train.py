@@ -43,15 +43,12 @@ def main() -> None:
     print(f"{len(volumes)} volumes, {sum(len(v.objects) for v in volumes)} objects", flush=True)
     checkpoint = args.out / "checkpoint.pt"
     resuming = args.resume and checkpoint.exists()
-    trainer = Trainer(model, _sampler(volumes, maps, config, 0), config, args.out)
+    # A resumed run draws other windows than before the interruption.
+    rng = np.random.default_rng((config.seed, int(checkpoint.stat().st_mtime) if resuming else 0))
+    trainer = Trainer(model, EpisodeSampler(volumes, maps, config, rng), config, args.out)
     if resuming:
         trainer.resume(checkpoint)
     trainer.run()
-
-
-def _sampler(volumes, maps, config: Config, step: int) -> EpisodeSampler:  # type: ignore[no-untyped-def]
-    rng = np.random.default_rng((config.seed, step))
-    return EpisodeSampler(volumes, maps, config, rng)
 
 
 if __name__ == "__main__":
