@@ -1,0 +1,355 @@
+"""The command line: flow, exit statuses, messages, and outputs that survive every accident.
+
+A stand-in takes the segmenter's place here, so that faults can be staged; what the real one makes
+of every kind of input is in test_predict_contract.py.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from inference import predict
+from tests.phantoms import challenge_case, write_npz
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SHAPE = (6, 8, 10)
+
+
+def write_case(folder: Path, name: str, **changes: object) -> Path:
+    """A case of two classes with boxes; ``changes`` replace keys."""
+    folder.mkdir(exist_ok=True)
+    return write_npz(folder / name, challenge_case(SHAPE, n_classes=2) | changes)
+
+
+class StandIn:
+    """Gives class 1 the first half of the slices and class 2 the rest; fails where told to."""
+
+    def __init__(self, faults: dict[str, Exception] | None = None) -> None:
+        self.device = torch.device("cpu")
+        self.faults = faults or {}
+        self.received: dict[str, object] = {}
+
+    def from_files(self, weights, sam=None, refiner=True, device="auto"):
+        self.received = {"weights": weights, "sam": sam, "refiner": refiner, "device": device}
+        return self
+
+    def segment_case(self, case):
+        if case.name in self.faults:
+            raise self.faults[case.name]
+        label_map = np.ones(case.image.shape, np.uint8)
+        label_map[label_map.shape[0] // 2 :] = 2
+        return label_map
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path: Path) -> StandIn:
+    stand_in = StandIn()
+    module = types.ModuleType("inference.segmenter")
+    module.Segmenter = stand_in  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "inference.segmenter", module)
+    weights = tmp_path / "default.safetensors"
+    weights.touch()
+    monkeypatch.setattr(predict, "DEFAULT_WEIGHTS", weights)
+    return stand_in
+
+
+@pytest.fixture
+def run(tmp_path: Path, capfd):
+    """Runs main() on tmp_path/in and tmp_path/out; gives status, stdout lines, stderr lines."""
+
+    def run(*arguments: str) -> tuple[int, list[str], list[str]]:
+        folders = ["--inputs", str(tmp_path / "in"), "--outputs", str(tmp_path / "out")]
+        status = predict.main([*folders, *arguments])
+        captured = capfd.readouterr()
+        return status, captured.out.splitlines(), captured.err.splitlines()
+
+    return run
+
+
+def segmentation(path: Path) -> np.ndarray:
+    with np.load(path) as file:
+        assert file.files == ["segs"]
+        return file["segs"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_every_case_is_written_under_its_name(stand_in, run, tmp_path):
+    for name in ("CT_b.npz", "CT_a.npz"):
+        write_case(tmp_path / "in", name)
+    (tmp_path / "in" / "notes.txt").touch()
+    status, out, err = run()
+    assert (status, err) == (0, [])
+    assert names(tmp_path / "out") == ["CT_a.npz", "CT_b.npz"]
+    label_map = segmentation(tmp_path / "out" / "CT_a.npz")
+    assert label_map.dtype == np.uint8
+    assert label_map.shape == SHAPE
+    assert (label_map[:3] == 1).all()
+    assert (label_map[3:] == 2).all()
+    assert len(out) == 3
+    assert out[0].startswith("CT_a.npz: 6x8x10, 2 classes, ")
+    assert out[0].endswith(" s, cpu, voxels 1:240 2:240")
+    assert out[2].startswith("2 of 2 cases in ")
+    assert str(tmp_path / "out") in out[2]
+
+
+def test_repairs_are_said_on_the_line_of_the_case(stand_in, run, tmp_path):
+    write_case(tmp_path / "in", "CT_a.npz", spacing=np.array([0.0, 1.0, 1.0]))
+    status, out, err = run()
+    assert (status, err) == (0, [])
+    assert "spacing" in out[0]
+
+
+def test_one_bad_case_stops_no_other(stand_in, run, tmp_path):
+    write_case(tmp_path / "in", "CT_a.npz")
+    (tmp_path / "in" / "CT_b.npz").write_text("not an archive")
+    write_case(tmp_path / "in", "CT_c.npz")
+    status, out, err = run()
+    assert status == 1
+    assert names(tmp_path / "out") == ["CT_a.npz", "CT_c.npz"]
+    assert len(err) == 1
+    assert err[0].startswith("error: ")
+    assert "CT_b.npz" in err[0]
+    assert out[-1].startswith("2 of 3 cases in ")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (MemoryError(), "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "OutOfMemoryError"),
+        (RuntimeError("first line\nsecond line"), "RuntimeError: first line second line"),
+        (KeyError("weight"), "KeyError"),
+        (ValueError("internal"), "ValueError: internal"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_any_fault_fails_its_case_only_and_is_told_in_one_line(
+    stand_in, run, tmp_path, fault, words
+):
+    for name in ("CT_a.npz", "CT_b.npz"):
+        write_case(tmp_path / "in", name)
+    stand_in.faults["CT_a.npz"] = fault
+    status, _, err = run()
+    assert status == 1
+    assert names(tmp_path / "out") == ["CT_b.npz"]
+    assert len(err) == 1
+    assert "CT_a.npz" in err[0]
+    assert words in err[0]
+
+
+def test_a_failed_case_keeps_its_earlier_output(stand_in, run, tmp_path):
+    write_case(tmp_path / "in", "CT_a.npz")
+    assert run()[0] == 0
+    before = (tmp_path / "out" / "CT_a.npz").read_bytes()
+    stand_in.faults["CT_a.npz"] = RuntimeError("no")
+    assert run()[0] == 1
+    assert (tmp_path / "out" / "CT_a.npz").read_bytes() == before
+    assert names(tmp_path / "out") == ["CT_a.npz"]
+
+
+def test_options_reach_the_segmenter(stand_in, run, tmp_path):
+    write_case(tmp_path / "in", "CT_a.npz")
+    sam, weights = tmp_path / "sam.pth", tmp_path / "ours.safetensors"
+    sam.touch()
+    weights.touch()
+    default = predict.DEFAULT_WEIGHTS
+    threads = torch.get_num_threads()
+    try:
+        assert run("--threads", "1", "--device", "cpu")[0] == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    expected = {"weights": default, "sam": None, "refiner": True, "device": "cpu"}
+    assert stand_in.received == expected
+    assert run("--sam", str(sam), "--weights", str(weights))[0] == 0
+    expected = {"weights": weights, "sam": sam, "refiner": True, "device": "auto"}
+    assert stand_in.received == expected
+    assert run("--sam", str(sam), "--refiner", "off")[0] == 0
+    expected = {"weights": None, "sam": sam, "refiner": False, "device": "auto"}
+    assert stand_in.received == expected
+
+
+def test_postprocessing_is_off_unless_asked_for(stand_in, run, tmp_path):
+    write_case(tmp_path / "in", "CT_a.npz", imgs=np.zeros((2, 4, 4), np.uint8))
+    run()
+    assert np.count_nonzero(segmentation(tmp_path / "out" / "CT_a.npz")) == 32
+    run("--postprocess", "paper")
+    assert not segmentation(tmp_path / "out" / "CT_a.npz").any(), "both objects are under 64 voxels"
+
+
+def test_overlay_is_drawn_beside_the_result(stand_in, run, tmp_path):
+    write_case(tmp_path / "in", "CT_a.npz")
+    status, out, _ = run("--overlay", str(tmp_path / "pictures"))
+    assert status == 0
+    assert names(tmp_path / "pictures") == ["CT_a.png"]
+    assert str(tmp_path / "pictures") in out[-1]
+
+
+class TestNothingCanStart:
+    def check(self, outcome: tuple[int, list[str], list[str]], *words: str) -> None:
+        status, out, err = outcome
+        assert status == 2
+        assert out == []
+        assert len(err) == 1
+        for word in ("error: ", *words):
+            assert word in err[0]
+
+    def test_no_inputs_folder(self, stand_in, run, tmp_path):
+        self.check(run(), str(tmp_path / "in"), "No such file or directory")
+
+    def test_no_case_in_it(self, stand_in, run, tmp_path):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "a.nii.gz").touch()
+        self.check(run(), str(tmp_path / "in"), "no .npz file among 1 entries")
+
+    def test_outputs_is_a_file(self, stand_in, run, tmp_path):
+        write_case(tmp_path / "in", "CT_a.npz")
+        (tmp_path / "out").touch()
+        self.check(run(), "cannot write to", str(tmp_path / "out"))
+
+    def test_outputs_are_the_inputs(self, stand_in, run, tmp_path):
+        path = write_case(tmp_path / "in", "CT_a.npz")
+        before = path.read_bytes()
+        self.check(run("--outputs", str(tmp_path / "in")), "is the inputs folder")
+        assert path.read_bytes() == before
+
+    @pytest.mark.parametrize("option", ["--weights", "--sam"])
+    def test_weights_are_not_there(self, stand_in, run, tmp_path, option):
+        write_case(tmp_path / "in", "CT_a.npz")
+        self.check(run(option, "absent.pth"), "absent.pth", "no such file")
+
+    def test_weights_are_of_no_use(self, stand_in, run, tmp_path, monkeypatch):
+        write_case(tmp_path / "in", "CT_a.npz")
+
+        def refuse(*_, **__):
+            raise ValueError("default.safetensors: received text;\naccepted is safetensors")
+
+        monkeypatch.setattr(stand_in, "from_files", refuse)
+        self.check(run(), "received text; accepted is safetensors")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--threads", "0"], ["--threads", "x"], ["--device", "tpu"], ["--refiner"], ["--x"], ["y"]],
+)
+def test_wrong_arguments_end_with_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        predict.main(arguments)
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_help_and_wrong_arguments_load_nothing_heavy():
+    code = """
+        import sys
+        from inference.predict import main
+        for arguments in (["--help"], ["--threads", "0"]):
+            try:
+                main(arguments)
+            except SystemExit:
+                pass
+        print(*sorted({"numpy", "scipy", "torch", "cc3d"} & set(sys.modules)), file=sys.stderr)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert "--inputs" in done.stdout
+    assert done.stderr.splitlines()[-1] == ""
+
+
+# A process of its own with the stand-in below: what a kill leaves behind.
+PROCESS = """
+    import sys, time, types
+    import numpy as np
+
+    class Segmenter:
+        device = types.SimpleNamespace(type="cpu")
+        @classmethod
+        def from_files(cls, *_, **__):
+            return cls()
+        def segment_case(self, case):
+            if {hang}:
+                print("segmenting", flush=True)
+                time.sleep(60)
+            return np.random.default_rng(0).integers(0, 256, case.image.shape, dtype=np.uint8)
+
+    torch = types.ModuleType("torch")
+    segmenter = types.ModuleType("inference.segmenter")
+    segmenter.Segmenter = Segmenter
+    sys.modules |= {{"torch": torch, "inference.segmenter": segmenter}}
+    sys.argv = ["predict", *sys.argv[1:]]
+    import runpy
+    runpy.run_module("inference.predict", run_name="__main__")
+"""
+
+
+@contextmanager
+def process(tmp_path: Path, hang: bool) -> Iterator[subprocess.Popen[str]]:
+    weights = tmp_path / "weights.safetensors"
+    weights.touch()
+    folders = ["--inputs", tmp_path / "in", "--outputs", tmp_path / "out", "--weights", weights]
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROCESS).format(hang=hang), *folders],
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def earlier_output(tmp_path: Path) -> bytes:
+    (tmp_path / "out").mkdir()
+    np.savez(tmp_path / "out" / "CT_a.npz", segs=np.ones(SHAPE, np.uint8))
+    return (tmp_path / "out" / "CT_a.npz").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_leaves_nothing_half_written(tmp_path, number):
+    write_case(tmp_path / "in", "CT_a.npz")
+    before = earlier_output(tmp_path)
+    with process(tmp_path, hang=True) as running:
+        assert running.stdout.readline() == "segmenting\n"
+        running.send_signal(number)
+        assert running.communicate(timeout=30) == ("", "")
+    assert running.returncode == 128 + number
+    assert names(tmp_path / "out") == ["CT_a.npz"]
+    assert (tmp_path / "out" / "CT_a.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_while_writing(tmp_path, number):
+    # Noise of 24 million voxels takes about a second to compress and write.
+    write_case(tmp_path / "in", "CT_a.npz", imgs=np.zeros((96, 500, 500), np.uint8))
+    before = earlier_output(tmp_path)
+    with process(tmp_path, hang=False) as running:
+        deadline = time.monotonic() + 30
+        while len(names(tmp_path / "out")) == 1 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        running.send_signal(number)
+        running.communicate(timeout=30)
+    assert running.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143)
+    assert (tmp_path / "out" / "CT_a.npz").read_bytes() == before
+    left = names(tmp_path / "out")
+    if number == signal.SIGKILL:
+        assert len(left) == 2, "killed while the new file was being written"
+        left = [name for name in left if name.endswith(".npz")]
+    assert left == ["CT_a.npz"], "what a kill leaves is never taken for a result"
