@@ -250,9 +250,9 @@ class _Reader:
 
 
 def _is_nothing(stored: object) -> bool:
-    """True for what stands for an absent key: None, also in an array, and empty arrays."""
+    """True for what stands for an absent key: None, also in an array, and empty lists."""
+    if isinstance(stored, np.ndarray) and stored.ndim == 0 and stored.dtype == np.dtype(object):
+        stored = stored.item()
     if isinstance(stored, np.ndarray):
-        return stored.size == 0 or (
-            stored.dtype == np.dtype(object) and stored.ndim == 0 and stored.item() is None
-        )
-    return stored is None
+        return stored.size == 0
+    return stored is None or (isinstance(stored, list | tuple) and not stored)

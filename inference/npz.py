@@ -120,6 +120,8 @@ class NpzFile(Mapping[str, NDArray[Any]]):
 
     def _check_size(self, member: zipfile.ZipInfo) -> None:
         """Hold the directory's claims against each other and against the file, before reading."""
+        if member.flag_bits & 1:
+            raise ValueError("encrypted")
         if member.compress_type == zipfile.ZIP_STORED:
             possible = member.compress_size
         elif member.compress_type == zipfile.ZIP_DEFLATED:

@@ -18,6 +18,9 @@ BOX_KEYS = ("z_min", "z_max", "z_mid_y_min", "z_mid_y_max", "z_mid_x_min", "z_mi
 """What a stored box must hold, in (z, y, x); ``z_mid`` can be made up for."""
 
 
+_SCALARS = (bool, int, float, str, bytes, np.generic)
+
+
 class Click(NamedTuple):
     """One click: voxel index (z, y, x) and whether it marks the object (else background)."""
 
@@ -149,7 +152,7 @@ def stored_clicks(entry: object, say: Callable[[str], None]) -> tuple[Sequence[A
         return [], []
     sides = []
     for side in ("fg", "bg"):
-        positions = entries(fields.get(side)) if side in fields else []
+        positions = [] if fields.get(side) is None else entries(fields[side])
         if positions is None:
             say(f"clicks {side} is no list ({brief(fields[side])}): left out")
         sides.append(positions or [])
@@ -237,14 +240,16 @@ def number(value: object) -> float | None:
 def brief(value: object) -> str:
     """A value in a few characters, without walking through what it holds."""
     if isinstance(value, np.ndarray):
-        if value.size <= 3 and value.dtype.kind in "biufU":
-            return str(value.tolist())[:40]
-        return f"array of {value.dtype} {value.shape}"
-    if value is None or isinstance(value, bool | int | float | str | np.generic):
-        return repr(value.item() if isinstance(value, np.generic) else value)[:40]
-    if isinstance(value, list) and all(isinstance(entry, str) for entry in value[:5]):
-        return repr(value[:5])[:40] + " ..." * (len(value) > 5)
-    return type(value).__name__
+        if value.size > 3 or value.dtype.kind not in "biufU":
+            return f"array of {value.dtype} {value.shape}"
+        value = value.tolist()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, list | tuple) and all(isinstance(v, _SCALARS) for v in value[:5]):
+        return f"[{', '.join(map(brief, value[:5]))}{', ...' * (len(value) > 5)}]"
+    return (
+        repr(value)[:30] if value is None or isinstance(value, _SCALARS) else type(value).__name__
+    )
 
 
 def _fields(entry: object) -> dict[Any, Any] | None:

@@ -152,6 +152,11 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """``bytes()``: how protocols 0 to 2 write bytes where there are none."""
+    return b""
+
+
 def _not_callable(*_: object) -> object:
     raise ValueError("a pickle that calls numpy.ndarray")
 
@@ -163,4 +168,5 @@ _GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
     ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy._core.numeric", "_frombuffer"): _array_from_buffer,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
 }

@@ -97,6 +97,23 @@ def challenge_case(
     return case
 
 
+def small_case(**changes: Any) -> dict[str, Any]:
+    """A case of two classes, boxes, two rounds of clicks and ``prev_pred``, with some keys changed.
+
+    A change to None takes the key away.
+    """
+    arrays: dict[str, Any] = challenge_case((6, 20, 16), clicks=2, previous=True) | changes
+    return {key: value for key, value in arrays.items() if value is not None}
+
+
+def objects(*entries: Any) -> NDArray[Any]:
+    """An object array of one dimension, whatever the entries are."""
+    array = np.empty(len(entries), object)
+    for index, entry in enumerate(entries):
+        array[index] = entry
+    return array
+
+
 def write_npz(path: Path, case: Mapping[str, Any]) -> Path:
     """Write a case the way the organisers do; returns the path."""
     np.savez_compressed(path, allow_pickle=True, **case)
