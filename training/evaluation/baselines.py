@@ -9,9 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from inference.case import Case, ObjectPrompts
+from inference.model.refiner import CHANNELS, RefinerConfig
+from inference.prompts import refiner_channels
+from inference.refinement import bounding_box, first_window, honour_clicks, merge
+from inference.resampling import resample, to_tensor
+from inference.segmenter import to_voxels, window_prompts
 
 # Radius of an object that is known by a click alone, as a fraction of the volume's edges.
 _UNBOXED_RADIUS = 0.1
@@ -76,7 +82,38 @@ def _extents(
     return balls
 
 
+def likelihood(case: Case) -> Labels:
+    """Soft ellipsoid times intensity likelihood (inference/likelihood.py), no learning.
+
+    The refiner's likelihood channel taken as its answer, in the segmenter's first window of each
+    object. It starts from box and clicks in every round; only where a case has no boxes does the
+    previous mask say how large the object is.
+    """
+    shape = case.image.shape
+    cells = (RefinerConfig().window,) * 3
+    results = []
+    for prompts in case.objects:
+        before = None
+        if prompts.box is None and case.previous is not None:
+            before = bounding_box(case.previous == prompts.label)
+        if prompts.is_empty:
+            continue
+        window = first_window(prompts, before, shape, case.spacing_mm, cells)
+        image = resample(to_tensor(window.crop(case.image, edge=True)), cells)
+        known = before is not None
+        previous = torch.zeros_like(image)
+        if known:
+            mask = window.crop(case.previous) == prompts.label
+            previous = resample(to_tensor(mask.astype(np.uint8)), cells)
+        channels = refiner_channels(image, [window_prompts(prompts, window)], previous, [known])
+        log_odds = channels[0, CHANNELS.index("likelihood")]
+        found = to_voxels(log_odds, window, prompts.label, shape)
+        results.append(honour_clicks(found, prompts.clicks))
+    return merge(results, shape)
+
+
 BASELINES: dict[str, Callable[[Case], Labels]] = {
     "box": box,
     "ellipsoid": ellipsoid,
+    "likelihood": likelihood,
 }

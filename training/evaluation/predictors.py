@@ -200,9 +200,8 @@ def build_predictor(choice: PredictorChoice) -> Predictor:
 
 
 def _segmenter(choice: PredictorChoice) -> Callable[[Case], NDArray[np.uint8]]:
-    from inference.segmenter import Segmenter
-
     from inference.predict import DEFAULT_WEIGHTS
+    from inference.segmenter import Segmenter
 
     weights = choice.weights
     if weights is None and not (choice.sam is not None and not choice.refiner):
