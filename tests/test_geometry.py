@@ -1,0 +1,101 @@
+"""Windows: points survive both maps, crops know where they are, regions are wide enough."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference.geometry import SLENDEREST, Window, window_around
+
+triples = st.tuples(*[st.integers(-30, 60)] * 3)
+sizes = st.tuples(*[st.integers(1, 70)] * 3)
+points = st.tuples(*[st.floats(-50, 150)] * 3)
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> Window:
+    start, size = draw(triples), draw(sizes)
+    stop = tuple(a + n for a, n in zip(start, size, strict=True))
+    return Window(start, stop, draw(sizes))  # type: ignore[arg-type]
+
+
+@given(windows(), points)
+def test_a_point_survives_both_maps(window: Window, point: tuple[float, float, float]) -> None:
+    there = window.to_grid(point)
+    np.testing.assert_allclose(window.to_volume(there), point, atol=1e-9)
+
+
+@given(windows())
+def test_faces_of_voxels_and_cells_coincide(window: Window) -> None:
+    np.testing.assert_allclose(window.to_grid([a - 0.5 for a in window.start]), [-0.5] * 3)
+    np.testing.assert_allclose(
+        window.to_grid([b - 0.5 for b in window.stop]), [n - 0.5 for n in window.shape]
+    )
+
+
+def test_a_window_of_voxels_is_the_identity_up_to_its_start() -> None:
+    window = Window((3, -2, 7), (8, 9, 8), (5, 11, 1))
+    assert window.to_grid((3, -2, 7)) == (0, 0, 0)
+    assert window.to_grid((7, 8, 7)) == (4, 10, 0)
+
+
+@given(windows(), st.tuples(*[st.integers(1, 20)] * 3))
+def test_crop_shows_the_volume_where_it_is_and_zeros_or_edges_elsewhere(
+    window: Window, shape: tuple[int, int, int]
+) -> None:
+    volume = np.arange(1, 1 + np.prod(shape), dtype=np.int32).reshape(shape)
+    zeros, edges = window.crop(volume), window.crop(volume, edge=True)
+    assert zeros.shape == edges.shape == window.size
+    axes = [np.arange(a, b) for a, b in zip(window.start, window.stop, strict=True)]
+    inside = [(axis >= 0) & (axis < n) for axis, n in zip(axes, shape, strict=True)]
+    held = [np.clip(axis, 0, n - 1) for axis, n in zip(axes, shape, strict=True)]
+    expected = volume[np.ix_(*held)]
+    np.testing.assert_array_equal(edges, expected)
+    mask = inside[0][:, None, None] & inside[1][None, :, None] & inside[2][None, None, :]
+    np.testing.assert_array_equal(zeros, np.where(mask, expected, 0))
+
+
+def test_a_crop_inside_the_volume_is_a_view() -> None:
+    volume = np.zeros((6, 7, 8), np.uint8)
+    assert np.shares_memory(Window((1, 1, 1), (5, 5, 5), (4, 4, 4)).crop(volume), volume)
+
+
+@given(windows(), st.tuples(*[st.integers(1, 20)] * 3))
+def test_pasting_a_crop_back_is_the_identity(window: Window, shape: tuple[int, int, int]) -> None:
+    volume = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    crop, pasted = window.crop(volume), volume.copy()
+    inside, place = window.clip(shape)
+    pasted[inside] = crop[place]
+    np.testing.assert_array_equal(pasted, volume)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "shape"),
+    [
+        ((0, 0, 0), (0, 4, 4), (4, 4, 4)),
+        ((0, 0, 0), (4, 4, 4), (4, 0, 4)),
+        ((5, 0, 0), (4, 4, 4), (1, 1, 1)),
+    ],
+)
+def test_an_empty_window_is_refused(start, stop, shape) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="accepted: stop > start"):
+        Window(start, stop, shape)
+
+
+def test_the_region_is_the_box_times_the_scale() -> None:
+    window = window_around((10, 20, 30), (30, 40, 50), (64, 64, 64), (3.0, 3.0, 3.0), 1.8)
+    assert window.start == (2, 12, 22) and window.stop == (38, 48, 58)
+
+
+def test_a_slender_box_gets_a_wide_region_in_millimetres() -> None:
+    # 60 slices of 3 mm, 4 rows of 2 mm, 5 columns of 1 mm: 180 mm long
+    window = window_around((0, 50, 50), (60, 54, 55), (64, 64, 64), (3.0, 2.0, 1.0), 1.0)
+    assert window.size == (60, round(SLENDEREST * 180 / 2), round(SLENDEREST * 180 / 1))
+    assert abs((window.start[1] + window.stop[1]) / 2 - 52) <= 0.5
+
+
+def test_a_single_voxel_gets_a_region_of_eight() -> None:
+    window = window_around((5, 5, 5), (6, 6, 6), (64, 64, 64), (3.0, 2.0, 1.0), 1.8)
+    assert window.size[0] == 8 and min(window.size) >= 8

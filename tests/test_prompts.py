@@ -1,0 +1,67 @@
+"""Prompt channels: every prompt is seen, where it is, and in order."""
+
+from __future__ import annotations
+
+import torch
+
+from inference.model.refiner import CHANNELS
+from inference.prompts import WindowPrompts, normalise_window, refiner_channels
+
+SHAPE = (16, 20, 24)
+
+
+def _channels(
+    prompts: WindowPrompts, previous: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    image = torch.randn(1, *SHAPE)
+    mask = torch.zeros(1, *SHAPE) if previous is None else previous
+    channels = refiner_channels(image, [prompts], mask, [previous is not None])
+    assert channels.shape == (1, len(CHANNELS), *SHAPE) and channels.dtype == torch.float32
+    assert channels.isfinite().all()
+    return dict(zip(CHANNELS, channels[0], strict=True))
+
+
+def test_a_click_peaks_at_its_place_in_its_own_map() -> None:
+    seen = _channels(WindowPrompts(clicks=(((4, 5, 6), True), ((12, 15, 20), False))))
+    positive, negative = seen["positive_clicks"], seen["negative_clicks"]
+    assert positive.argmax() == torch.tensor((4 * 20 + 5) * 24 + 6)
+    assert negative.argmax() == torch.tensor((12 * 20 + 15) * 24 + 20)
+    assert seen["likelihood"][4, 5, 6] > 1 and seen["likelihood"][12, 15, 20] < -1
+
+
+def test_all_clicks_are_seen_and_newer_ones_speak_louder() -> None:
+    places = [(2, 3, 3), (8, 10, 12), (13, 17, 21)]
+    seen = _channels(WindowPrompts(clicks=tuple((p, True) for p in places)))["positive_clicks"]
+    oldest, middle, newest = (float(seen[p]) for p in places)
+    assert 0.5 < oldest < middle < newest == 1.0
+
+
+def test_a_click_outside_the_window_does_no_harm() -> None:
+    seen = _channels(WindowPrompts(clicks=(((-500.0, 3.0, 900.0), True),)))
+    assert seen["positive_clicks"].max() == 0
+
+
+def test_the_box_is_positive_inside_and_zero_on_its_faces() -> None:
+    seen = _channels(WindowPrompts(((3.5, 4.5, 5.5), (11.5, 14.5, 17.5)), middle=7))
+    inside = torch.zeros(SHAPE, dtype=torch.bool)
+    inside[4:12, 5:15, 6:18] = True
+    assert torch.equal(seen["box"] > 0, inside)
+    assert seen["ellipsoid"][7, 9, 11] > 0.8 and seen["ellipsoid"][4, 5, 6] < 0
+    assert (seen["middle_slice"][7] > 0).equal(inside[7])
+    assert seen["middle_slice"][7].abs().max() > 10 * seen["middle_slice"][15].abs().max()
+
+
+def test_the_previous_mask_is_signed_and_its_absence_is_zero() -> None:
+    mask = torch.zeros(1, *SHAPE)
+    mask[0, 2:9, 3:9, 3:9] = 1
+    assert _channels(WindowPrompts(), mask)["previous_mask"].equal(2 * mask[0] - 1)
+    assert not _channels(WindowPrompts())["previous_mask"].any()
+
+
+def test_normalisation_ignores_scale_and_offset() -> None:
+    image = torch.randn(2, 8, 8, 8)
+    torch.testing.assert_close(
+        normalise_window(37 * image + 1000), normalise_window(image), atol=1e-3, rtol=1e-3
+    )
+    assert not normalise_window(torch.full((1, 4, 4, 4), 7.0)).any()

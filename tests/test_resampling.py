@@ -1,0 +1,67 @@
+"""Resampling: identity, round trips, constants, and agreement with known interpolators."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from inference.resampling import resample, to_tensor
+
+
+def test_the_same_size_is_copied_exactly() -> None:
+    volume = torch.randn(2, 5, 1, 7)
+    assert torch.equal(resample(volume, (5, 1, 7)), volume)
+
+
+def test_growing_equals_trilinear_interpolation() -> None:
+    volume = torch.randn(2, 5, 3, 7)
+    expected = F.interpolate(volume[:, None], size=[11, 4, 20], mode="trilinear")[:, 0]
+    torch.testing.assert_close(resample(volume, (11, 4, 20)), expected)
+
+
+def test_shrinking_by_whole_factors_is_the_mean_of_the_voxels() -> None:
+    volume = torch.randn(1, 12, 6, 8)
+    torch.testing.assert_close(resample(volume, (4, 3, 8)), F.avg_pool3d(volume, (3, 2, 1)))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (1, 1, 1), (30, 2, 9)])
+def test_the_mean_survives_shrinking_by_any_factor(shape: tuple[int, int, int]) -> None:
+    volume = torch.rand(1, 30, 7, 9)
+    volume = volume.double()
+    torch.testing.assert_close(resample(volume, shape).mean(), volume.mean())
+
+
+@pytest.mark.parametrize("shape", [(3, 50, 4), (64, 1, 9)])
+def test_constants_stay(shape: tuple[int, int, int]) -> None:
+    torch.testing.assert_close(
+        resample(torch.full((1, 9, 8, 7), 3.5), shape), torch.full((1, *shape), 3.5)
+    )
+
+
+def test_a_ramp_keeps_its_position_both_ways() -> None:
+    """A shift of half a cell, the usual mistake, would move the middle of the ramp."""
+    ramp = torch.arange(40.0)[None, :, None, None].expand(1, 40, 3, 3)
+    for n in (13, 40, 97):
+        there = resample(ramp, (n, 3, 3))
+        assert abs(float(there.mean()) - 19.5) < 1e-4
+        back = resample(there, (40, 3, 3))
+        torch.testing.assert_close(back[0, 8:32], ramp[0, 8:32], atol=0.05, rtol=0)
+
+
+def test_the_kept_part_equals_the_part_of_the_whole() -> None:
+    volume = torch.randn(1, 9, 20, 7)
+    keep = (slice(2, 5), slice(3, 4), slice(0, 7))
+    whole = resample(volume, (18, 10, 7))
+    torch.testing.assert_close(resample(volume, (18, 10, 7), keep), whole[(slice(None), *keep)])
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.int16, np.uint16, np.int64, np.float32, np.float64, np.bool_]
+)
+def test_any_real_dtype_becomes_float32(dtype: type) -> None:
+    voxels = np.arange(24).reshape(2, 3, 4).astype(dtype)[:, ::-1]
+    tensor = to_tensor(voxels)
+    assert tensor.dtype == torch.float32 and tensor.shape == (1, 2, 3, 4)
+    np.testing.assert_array_equal(tensor[0].numpy(), voxels.astype(np.float32))

@@ -1,0 +1,230 @@
+"""The whole way of a case through the segmenter, with a small untrained refiner.
+
+Untrained, the refiner returns the likelihood map, which finds the phantoms' objects well enough to
+test everything around it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference.case import Box, Case, Click, ObjectPrompts
+from inference.geometry import Window
+from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
+from inference.resampling import resample
+from inference.segmenter import Segmenter, to_voxels
+
+SPACING_MM = (3.0, 2.0, 1.0)
+
+
+def _segmenter() -> Segmenter:
+    torch.manual_seed(0)
+    return Segmenter(
+        Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)), torch.device("cpu")
+    )
+
+
+def _phantom(
+    shape: tuple[int, int, int] = (20, 40, 60),
+) -> tuple[np.ndarray, np.ndarray, list[Box]]:
+    """Two bright balls (in millimetres) of different grey on a noisy background."""
+    rng = np.random.default_rng(0)
+    grid = np.indices(shape).transpose(1, 2, 3, 0) * np.array(SPACING_MM)
+    truth = np.zeros(shape, np.uint8)
+    for label, (centre, radius) in enumerate([((30, 40, 15), 11), ((25, 30, 42), 9)], start=1):
+        truth[((grid - np.array(centre)) ** 2).sum(-1) < radius**2] = label
+    image = np.array([40, 180, 120])[truth] + rng.normal(0, 8, shape)
+    boxes = []
+    for label in (1, 2):
+        where = np.argwhere(truth == label)
+        low, high = where.min(0), where.max(0) + 1
+        boxes.append(Box(tuple(low), tuple(high), int((low[0] + high[0]) // 2)))
+    return image.clip(0, 255).astype(np.uint8), truth, boxes
+
+
+def _case(
+    boxes: bool = True, clicks: tuple[tuple[Click, ...], ...] = ((), ()), **more: object
+) -> Case:
+    image, _, found = _phantom()
+    objects = tuple(ObjectPrompts(i + 1, found[i] if boxes else None, clicks[i]) for i in range(2))
+    return Case("phantom.npz", image, SPACING_MM, objects, **more)  # type: ignore[arg-type]
+
+
+def _dice(a: np.ndarray, b: np.ndarray) -> float:
+    return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
+
+
+def test_boxes_find_their_objects() -> None:
+    _, truth, _ = _phantom()
+    labels = _segmenter().segment_case(_case())
+    assert labels.shape == truth.shape and labels.dtype == np.uint8
+    for label in (1, 2):
+        assert _dice(labels == label, truth == label) > 0.85
+
+
+def test_clicks_alone_find_their_objects() -> None:
+    _, truth, _ = _phantom()
+    clicks = tuple(
+        (Click(tuple(int(v) for v in np.argwhere(truth == k).mean(0).round()), True),)
+        for k in (1, 2)
+    )
+    labels = _segmenter().segment_case(_case(boxes=False, clicks=clicks))
+    for label in (1, 2):
+        assert _dice(labels == label, truth == label) > 0.6
+
+
+def test_the_axis_of_the_image_does_not_matter() -> None:
+    """The same case with its axes turned gives the same masks: no axis is taken for another."""
+    case = _case()
+    labels = _segmenter().segment_case(case)
+    turn = (2, 0, 1)
+
+    def turned(triple: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(triple[a] for a in turn)
+
+    # Without the middle-slice hint, which is tied to z.
+    objects = tuple(
+        ObjectPrompts(
+            o.label, Box(turned(o.box.start), turned(o.box.stop), turned((o.box.middle, 0, 0))[0])
+        )  # type: ignore[union-attr,arg-type]
+        for o in case.objects
+    )
+    other = dataclasses.replace(
+        case,
+        image=np.ascontiguousarray(case.image.transpose(turn)),
+        spacing_mm=turned(SPACING_MM),  # type: ignore[arg-type]
+        objects=objects,
+    )
+    again = _segmenter().segment_case(other)
+    assert _dice(again > 0, labels.transpose(turn) > 0) > 0.97
+
+
+def test_an_object_without_prompts_stays_empty() -> None:
+    case = _case()
+    objects = (ObjectPrompts(1), case.objects[1])
+    labels = _segmenter().segment_case(dataclasses.replace(case, objects=objects))
+    assert set(np.unique(labels)) == {0, 2}
+
+
+def test_all_objects_without_prompts_give_an_empty_map() -> None:
+    case = dataclasses.replace(_case(), objects=(ObjectPrompts(1), ObjectPrompts(2)))
+    assert not _segmenter().segment_case(case).any()
+
+
+def test_a_click_reaches_the_network_and_a_mask_can_shrink_as_well_as_grow() -> None:
+    segmenter = _segmenter()
+    first = segmenter.segment_case(_case())
+    inside = tuple(int(v) for v in np.argwhere(first == 1).mean(0).round())
+    less = segmenter.segment_case(_case(clicks=((Click(inside, False),), ()), previous=first))
+    assert (first == 1).sum() - (less == 1).sum() > 1, "a whole region goes, not one voxel"
+    outside = (inside[0] + 5, inside[1], inside[2])
+    assert first[outside] == 0
+    more = segmenter.segment_case(_case(clicks=((Click(outside, True),), ()), previous=first))
+    assert ((more == 1) & (first != 1)).sum() > 1, "a whole region comes, not one voxel"
+
+
+def test_the_same_case_gives_the_same_bytes() -> None:
+    assert np.array_equal(_segmenter().segment_case(_case()), _segmenter().segment_case(_case()))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(
+        st.builds(Click, st.tuples(*[st.integers(0, n - 1) for n in (20, 40, 60)]), st.booleans()),
+        min_size=1,
+        max_size=4,
+        unique_by=lambda c: c.position,
+    ),
+    st.booleans(),
+)
+def test_clicks_have_their_way_in_the_result(clicks: list[Click], boxes: bool) -> None:
+    labels = _segmenter().segment_case(_case(boxes=boxes, clicks=(tuple(clicks), ())))
+    for click in clicks:
+        assert (labels[click.position] == 1) == click.positive
+
+
+def test_a_click_of_one_object_changes_nothing_outside_its_window() -> None:
+    segmenter = _segmenter()
+    before = segmenter.segment_case(_case())
+    click = Click((10, 20, 15), False)
+    after = segmenter.segment_case(_case(clicks=((click,), ())))
+    far = np.ones(before.shape, bool)
+    far[:, :, :36] = False  # object 1 and its window lie below x = 36
+    np.testing.assert_array_equal(after[far], before[far])
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 60), (20, 1, 60), (33, 17, 1)])
+def test_volumes_of_one_voxel_an_axis(shape: tuple[int, int, int]) -> None:
+    image = np.full(shape, 20, np.uint8)
+    middle = tuple(n // 2 for n in shape)
+    box = Box(
+        tuple(max(0, m - 4) for m in middle),
+        tuple(min(n, m + 5) for m, n in zip(middle, shape, strict=True)),
+        middle[0],
+    )  # type: ignore[arg-type]
+    case = Case("thin.npz", image, SPACING_MM, (ObjectPrompts(1, box, (Click(middle, True),)),))  # type: ignore[arg-type]
+    labels = _segmenter().segment_case(case)
+    assert labels.shape == shape and labels[middle] == 1
+
+
+class _Threshold(Segmenter):
+    """Calls bright cells the object, so that what a grid resolves is what comes out."""
+
+    def _network(self, channels: torch.Tensor) -> torch.Tensor:
+        return channels[:, 0]
+
+
+def test_a_large_object_is_looked_at_again_at_the_volumes_resolution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A slit of two voxels is blurred on the coarse grid of 3.6 voxels a cell, not on the fine."""
+    truth = np.zeros((96, 96, 96), bool)
+    truth[16:80, 16:80, 16:80] = True
+    slit = np.s_[30:66, 30:66, 61:63]
+    truth[slit] = False
+    image = np.where(truth, 200, 30).astype(np.uint8)
+    objects = (ObjectPrompts(1, Box((16, 16, 16), (80, 80, 80), 48)),)
+    case = Case("slit.npz", image, (1.0, 1.0, 1.0), objects)
+    config = RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)
+    segmenter = _Threshold(Refiner(config), torch.device("cpu"))
+    assert np.array_equal(segmenter.segment_case(case), truth)
+    monkeypatch.setattr("inference.segmenter._FINE_CELLS", 1)
+    assert (segmenter.segment_case(case)[slit] == 0).mean() < 0.8
+
+
+@pytest.mark.parametrize("size", [(7, 40, 100), (64, 20, 33)])
+def test_the_cut_to_positive_voxels_loses_none(size: tuple[int, int, int]) -> None:
+    logits = torch.full((32, 32, 32), -2.0)
+    logits[10:20, 3:9, 25:32] = torch.randn(10, 6, 7)
+    window = Window(
+        (-3, 5, 2), tuple(a + n for a, n in zip((-3, 5, 2), size, strict=True)), (32, 32, 32)
+    )  # type: ignore[arg-type]
+    volume = (50, 30, 90)
+    part = to_voxels(logits, window, 1, volume)
+    whole = np.full(volume, -9.0, np.float32)
+    inside, place = window.clip(volume)
+    whole[inside] = resample(logits[None], window.size)[0].numpy()[place]
+    pasted = np.full(volume, -9.0, np.float32)
+    cut = tuple(slice(a, a + n) for a, n in zip(part.start, part.logits.shape, strict=True))
+    pasted[cut] = part.logits
+    np.testing.assert_array_equal(pasted > 0, whole > 0)
+    np.testing.assert_allclose(pasted[whole > 0], whole[whole > 0], atol=1e-5)
+
+
+def test_no_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match="call set_image first"):
+        next(_segmenter().segment([ObjectPrompts(1)]))
+
+
+def test_the_refiner_names_the_shape_it_cannot_take() -> None:
+    refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1)))
+    with pytest.raises(ValueError, match=r"received \(30, 32, 32\); accepted: multiples of 4"):
+        refiner(torch.zeros(1, len(CHANNELS), 30, 32, 32))
+    with pytest.raises(ValueError, match=r"accepted: \(B, 9, D, H, W\)"):
+        refiner(torch.zeros(1, 3, 32, 32, 32))
