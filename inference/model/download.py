@@ -124,7 +124,7 @@ def _download_rest(url: str, part: Path) -> None:
         if response.headers.get_content_type() == "text/html":
             raise OSError(f"{url}: the server answered with a web page, not with the file")
         etag = response.headers.get("ETag")
-        continued = response.status == 206
+        continued = have > 0 and response.status == 206
         if continued and (etag != version or _range_start(response) != have):
             response.close()
             _discard(part)

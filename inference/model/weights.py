@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import pickle
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 #: Where weights lie unless a path is given.
@@ -235,6 +236,8 @@ def save_weights(
 ) -> None:
     """Write a safetensors file; it appears under its name only when it is complete.
 
+    Equal tensors and metadata make equal bytes.
+
     Args:
         path: ends in ``.safetensors``; its folder must exist.
         tensors: by name; networks of a bundle under a prefix each, such as ``sam.``.
@@ -254,9 +257,17 @@ def save_weights(
         stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         # A copy: tensors that share memory cannot be written as they are.
         ready[name] = tensor.detach().to("cpu", stored, copy=True).contiguous()
+    data = save(ready, dict(metadata))
+    size = int.from_bytes(data[:8], "little")
+    # The library writes metadata in random order; sorted, equal contents have equal SHA-256.
+    entries = json.loads(data[8 : 8 + size])
+    header = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(ready, temporary, dict(metadata))
+        with temporary.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(memoryview(data)[8 + size :])
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
