@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
+
+from inference.geometry import Window
 
 
 def resample(
@@ -40,6 +43,31 @@ def resample(
             after = volume.shape[axis + 1 :]
             volume = (matrix.T @ volume.reshape(*before, n, -1)).reshape(*before, -1, *after)
     return volume
+
+
+def transfer(values: Tensor, source: Window, target: Window, fill: float) -> Tensor:
+    """Values on one window's grid, linearly interpolated at the cells of another's.
+
+    Args:
+        values: (B, *source.shape) float.
+        source: the window the values belong to.
+        target: the window to look through.
+        fill: for cells outside of ``source``.
+
+    Returns:
+        (B, *target.shape).
+    """
+    axes = []
+    for axis in range(3):
+        first, last = (
+            source.to_grid(target.to_volume((i, i, i)))[axis] for i in (0, target.shape[axis] - 1)
+        )
+        cells = torch.linspace(first, last, target.shape[axis], device=values.device)
+        axes.append((2 * cells + 1) / source.shape[axis] - 1)  # grid_sample's -1..1, edge to edge
+    z, y, x = torch.meshgrid(*axes, indexing="ij")
+    grid = torch.stack((x, y, z), -1)
+    moved = F.grid_sample(values[None], grid[None], padding_mode="border", align_corners=False)[0]
+    return torch.where((grid.abs() <= 1).all(-1), moved, moved.new_tensor(fill))
 
 
 @functools.lru_cache(maxsize=256)

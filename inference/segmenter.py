@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inference.case import Case, ObjectPrompts
+from inference.coarse import CoarseStage
 from inference.geometry import Triple, Window
-from inference.model.refiner import Refiner, RefinerConfig
+from inference.model.refiner import Refiner, load_refiner
+from inference.model.sam_med3d import load_sam_med3d
+from inference.model.weights import find_weights, read_metadata
 from inference.prompts import WindowPrompts, refiner_channels
 from inference.refinement import (
-    BOX_SCALE,
     ObjectLogits,
     bounding_box,
     fine_shape,
@@ -26,10 +28,12 @@ from inference.refinement import (
     merge,
     touched_faces,
 )
-from inference.resampling import resample, to_tensor
+from inference.resampling import resample, to_tensor, transfer
 from inference.sliding_window import Tile, sliding_window, tile_grid
 
 _BATCH = {"cpu": 8, "cuda": 32}  # windows a forward pass
+_EDGE = 64  # cells of a region of interest where no refiner says otherwise
+_COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
 _TILE = 128  # cells, edge of a window of the second pass
 _FINE_CELLS = 4 * 128**3  # of one object's second pass at most
 _FINE_CELLS_PER_CASE = 100 * 128**3  # of all objects together, the challenge's time limit in view
@@ -46,22 +50,34 @@ class _Look:
     previous: tuple[Triple, Triple] | None
     growths: int = 0
     resized: bool = False
+    coarse: tuple[Window, Tensor] | None = None  # what SAM-Med3D saw and said
     logits: Tensor | None = None  # (D, H, W) in the window's grid
-    mask: Tensor | None = field(default=None, repr=False)  # what the next look starts from
 
 
 class Segmenter:
     """Prompted segmentation of one image at a time.
 
     Args:
-        refiner: trained network in evaluation mode, on ``device``.
+        refiner: trained network in evaluation mode, or None for the coarse stage alone.
+        coarse: SAM-Med3D in its windows, or None for the refiner alone.
         device: where to compute.
+
+    Raises:
+        ValueError: without any network.
     """
 
-    def __init__(self, refiner: Refiner, device: torch.device) -> None:
-        """Take a network; no image is set."""
-        self.device = device
-        self._refiner = refiner.to(device).eval()
+    def __init__(
+        self,
+        refiner: Refiner | None,
+        coarse: CoarseStage | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Take the networks; no image is set."""
+        if refiner is None and coarse is None:
+            raise ValueError("neither a refiner nor SAM-Med3D given; accepted: one or both")
+        self.device = torch.device(device)
+        self._refiner = None if refiner is None else refiner.to(self.device).eval()
+        self._coarse = coarse
         self._image: NDArray[np.generic] | None = None
         self._spacing_mm = (1.0, 1.0, 1.0)
 
@@ -103,18 +119,26 @@ class Segmenter:
         cells = min(_FINE_CELLS, _FINE_CELLS_PER_CASE // max(1, len(wanted)))
         for i in range(0, len(wanted), batch):
             looks = [self._begin(prompts, previous) for prompts in wanted[i : i + batch]]
-            self._look(looks, previous)
+            if self._refiner is not None:
+                self._look(self._refiner, looks, previous)
             for look in looks:
-                yield self._finish(look, previous, cells)
+                yield self._finish(look, cells)
 
     def _begin(self, prompts: ObjectPrompts, previous: NDArray[np.uint8] | None) -> _Look:
-        assert self._image is not None
+        """Choose the first window and, where there is SAM-Med3D, ask it."""
         before = bounding_box(previous == prompts.label) if previous is not None else None
-        edge = self._refiner.config.window
-        shape = (edge, edge, edge)
-        volume = self._volume
-        window = first_window(prompts, before, volume, self._spacing_mm, shape)
-        return _Look(prompts, window, before)
+        edge = _EDGE if self._refiner is None else self._refiner.config.window
+        region = first_window(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
+        look = _Look(prompts, region, before)
+        if self._coarse is not None:
+            window = self._coarse.window(region, self._spacing_mm)
+            mask = self._previous_cells(window, look, previous)
+            logits = self._coarse.logits(self._cells(window), window, prompts, mask)
+            if self._refiner is None:
+                look.window, look.logits = window, logits
+            else:
+                look.coarse = window, logits
+        return look
 
     @property
     def _volume(self) -> Triple:
@@ -122,11 +146,13 @@ class Segmenter:
         D, H, W = self._image.shape
         return D, H, W
 
-    def _look(self, looks: Sequence[_Look], previous: NDArray[np.uint8] | None) -> None:
+    def _look(
+        self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
+    ) -> None:
         """Run the network on the looks' windows, growing and shrinking them until they fit."""
         pending = list(looks)
         while pending:
-            logits = self._run([look.window for look in pending], pending, previous)
+            logits = self._run(refiner, pending, previous)
             again = []
             for look, values in zip(pending, logits, strict=True):
                 look.logits = values
@@ -154,16 +180,11 @@ class Segmenter:
             return False
         low = look.window.to_volume([a - 0.5 for a in box[0]])
         high = look.window.to_volume([b - 0.5 for b in box[1]])
-        found = (
-            tuple(int(np.floor(v + 0.5)) for v in low),
-            tuple(int(np.ceil(v + 0.5)) for v in high),
-        )
+        z0, y0, x0 = (int(np.floor(v + 0.5)) for v in low)
+        z1, y1, x1 = (int(np.ceil(v + 0.5)) for v in high)
+        found = (z0, y0, x0), (z1, y1, x1)
         closer = first_window(
-            look.prompts,
-            (found[0][:3], found[1][:3]),
-            self._volume,
-            self._spacing_mm,
-            look.window.shape,  # type: ignore[arg-type]
+            look.prompts, found, self._volume, self._spacing_mm, look.window.shape
         )
         if all(0.8 < a / b < 1.25 for a, b in zip(closer.size, look.window.size, strict=True)):
             return False
@@ -171,25 +192,30 @@ class Segmenter:
         return True
 
     def _run(
-        self,
-        windows: Sequence[Window],
-        looks: Sequence[_Look],
-        previous: NDArray[np.uint8] | None,
+        self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
     ) -> Tensor:
-        """Logits (B, D, H, W) of the looks in windows of equal shape."""
-        images = torch.cat([self._cells(window) for window in windows])
-        masks, known = [], []
-        for window, look in zip(windows, looks, strict=True):
-            mask = self._previous_cells(window, look, previous)
+        """Logits (B, D, H, W) of the looks in their windows."""
+        images = torch.cat([self._cells(look.window) for look in looks])
+        coarse, masks, known = torch.zeros_like(images), torch.zeros_like(images), []
+        for i, look in enumerate(looks):
+            mask = self._previous_cells(look.window, look, previous)
+            if look.coarse is not None:
+                source, logits = look.coarse
+                seen = transfer(logits[None], source, look.window, fill=-6.0)
+                if refiner.config.coarse:
+                    coarse[i] = seen[0]
+                elif mask is None and bool((seen > 0).any()):
+                    mask = (seen > 0).float()  # it knows masks, not coarse logits
             known.append(mask is not None)
-            masks.append(torch.zeros_like(images[:1]) if mask is None else mask)
-        prompts = [window_prompts(look.prompts, w) for look, w in zip(looks, windows, strict=True)]
-        return self._network(refiner_channels(images, prompts, torch.cat(masks), known))
+            if mask is not None:
+                masks[i] = mask[0]
+        prompts = [window_prompts(look.prompts, look.window) for look in looks]
+        return self._network(refiner, refiner_channels(images, prompts, masks, known, coarse))
 
-    def _network(self, channels: Tensor) -> Tensor:
+    def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
         """(B, 9, D, H, W) -> (B, D, H, W) float32 logits."""
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16):
-            logits: Tensor = self._refiner(channels)
+            logits: Tensor = refiner(channels)
         return logits[:, 0]
 
     def _cells(self, window: Window) -> Tensor:
@@ -207,32 +233,31 @@ class Segmenter:
         mask = resample(to_tensor(voxels, self.device), window.shape) > 0.5
         return mask.float() if bool(mask.any()) else None
 
-    def _finish(self, look: _Look, previous: NDArray[np.uint8] | None, cells: int) -> ObjectLogits:
+    def _finish(self, look: _Look, cells: int) -> ObjectLogits:
         """Second pass where the grid is coarser than the volume, then voxels."""
         assert look.logits is not None
         window, logits = look.window, look.logits
-        if max(window.cell) > 1.25:
+        if self._refiner is not None and max(window.cell) > _COARSE_CELL:
             shape = fine_shape(window, cells, self._refiner.config.stride)
             if np.prod(shape) > 1.5 * np.prod(window.shape):
-                window, logits = self._second_pass(look, shape)
+                window, logits = self._second_pass(self._refiner, look, shape)
         return honour_clicks(
             to_voxels(logits, window, look.prompts.label, self._volume), look.prompts.clicks
         )
 
-    def _second_pass(self, look: _Look, shape: Triple) -> tuple[Window, Tensor]:
+    def _second_pass(self, refiner: Refiner, look: _Look, shape: Triple) -> tuple[Window, Tensor]:
         """Look at the boundary again, at a finer grid of ``shape`` cells over the same window."""
         assert look.logits is not None
         fine = Window(look.window.start, look.window.stop, shape)
-        coarse = resample(look.logits[None], shape)[0]
+        first = resample(look.logits[None], shape)[0]
         image = self._cells(fine)[0]
-        mask = (coarse > 0).float()
+        mask = (first > 0).float()
+        coarse = torch.zeros_like(image)
+        if look.coarse is not None and refiner.config.coarse:
+            coarse = transfer(look.coarse[1][None], look.coarse[0], fine, fill=-6.0)[0]
         prompts = window_prompts(look.prompts, fine)
-        tile = tuple(min(_TILE, n) for n in shape)
-        tiles = [
-            place
-            for place in tile_grid(shape, (tile[0], tile[1], tile[2]))
-            if 0 < float(mask[place].mean()) < 1
-        ]
+        z, y, x = (min(_TILE, n) for n in shape)
+        tiles = [t for t in tile_grid(shape, (z, y, x)) if 0 < float(mask[t].mean()) < 1]
 
         def predict(places: Sequence[Tile]) -> Tensor:
             channels = refiner_channels(
@@ -240,10 +265,11 @@ class Segmenter:
                 [_shifted(prompts, p) for p in places],
                 torch.stack([mask[p] for p in places]),
                 [True] * len(places),
+                torch.stack([coarse[p] for p in places]),
             )
-            return self._network(channels)
+            return self._network(refiner, channels)
 
-        return fine, sliding_window(shape, tiles, predict, coarse)
+        return fine, sliding_window(shape, tiles, predict, first)
 
     @classmethod
     def from_files(
@@ -253,14 +279,33 @@ class Segmenter:
         refiner: bool = True,
         device: str = "auto",
     ) -> Segmenter:
-        """Load the networks."""
-        chosen = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        )
-        state = torch.load(weights, weights_only=True, map_location="cpu")  # type: ignore[arg-type]
-        network = Refiner(RefinerConfig.from_dict(state["refiner"]))
-        network.load_state_dict(state["average"])
-        return cls(network, chosen)
+        """Load the networks.
+
+        Args:
+            weights: our bundle; by default the one in the weights folder.
+            sam: a SAM-Med3D checkpoint for the coarse stage; it goes before the bundle's own.
+            refiner: False for SAM-Med3D alone.
+            device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+
+        Raises:
+            ValueError: a file is not what it should be, or no SAM-Med3D is there to be alone.
+            FileNotFoundError: there are no default weights.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        bundle = weights if weights or (sam and not refiner) else find_weights()
+        network = load_refiner(bundle) if refiner and bundle else None
+        coarse = None
+        if sam is None and bundle is not None and "sam" in read_metadata(bundle):
+            sam = bundle
+        if sam is not None:
+            coarse = CoarseStage(load_sam_med3d(sam), torch.device(device))
+        elif not refiner:
+            raise ValueError(
+                f"refiner off, but {bundle} holds no SAM-Med3D; accepted: a bundle with one, or a "
+                "SAM-Med3D checkpoint beside it"
+            )
+        return cls(network, coarse, device)
 
 
 def window_prompts(prompts: ObjectPrompts, window: Window) -> WindowPrompts:

@@ -25,9 +25,7 @@ SPACING_MM = (3.0, 2.0, 1.0)
 
 def _segmenter() -> Segmenter:
     torch.manual_seed(0)
-    return Segmenter(
-        Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)), torch.device("cpu")
-    )
+    return Segmenter(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
 
 
 def _phantom(
@@ -176,7 +174,7 @@ def test_volumes_of_one_voxel_an_axis(shape: tuple[int, int, int]) -> None:
 class _Threshold(Segmenter):
     """Calls bright cells the object, so that what a grid resolves is what comes out."""
 
-    def _network(self, channels: torch.Tensor) -> torch.Tensor:
+    def _network(self, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
         return channels[:, 0]
 
 
@@ -192,7 +190,7 @@ def test_a_large_object_is_looked_at_again_at_the_volumes_resolution(
     objects = (ObjectPrompts(1, Box((16, 16, 16), (80, 80, 80), 48)),)
     case = Case("slit.npz", image, (1.0, 1.0, 1.0), objects)
     config = RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)
-    segmenter = _Threshold(Refiner(config), torch.device("cpu"))
+    segmenter = _Threshold(Refiner(config))
     assert np.array_equal(segmenter.segment_case(case), truth)
     monkeypatch.setattr("inference.segmenter._FINE_CELLS", 1)
     assert (segmenter.segment_case(case)[slit] == 0).mean() < 0.8

@@ -9,11 +9,16 @@ the training-free segmentation.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from inference.model.weights import load_state, read_weights, split_prefix
 
 #: Input channels in order; prompts.py makes them.
 CHANNELS = (
@@ -39,17 +44,33 @@ class RefinerConfig:
         channels: width of each resolution level, finest (half the window's resolution) first.
         blocks: residual blocks of each level on the way down; one each on the way up.
         window: edge of the training window in grid cells; any multiple of ``stride`` runs.
+        coarse: whether training showed it coarse logits; else their channel must stay zero.
     """
 
     channels: tuple[int, ...] = (32, 64, 96, 128)
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     window: int = 64
+    coarse: bool = False
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> RefinerConfig:
-        """Build from parsed JSON; unknown keys raise TypeError."""
-        fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fixed)  # type: ignore[arg-type]
+    def from_json(cls, text: str) -> RefinerConfig:
+        """Read a JSON object of the fields.
+
+        Raises:
+            ValueError: not a JSON object, or an unknown field.
+        """
+        values = json.loads(text)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or not set(values) <= set(names):
+            raise ValueError(f"refiner configuration {text[:200]}; accepted: {', '.join(names)}")
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object, for a weights file's metadata."""
+        return json.dumps(dataclasses.asdict(self))
 
     @property
     def stride(self) -> int:
@@ -103,14 +124,14 @@ class Refiner(nn.Module):
         widths, blocks = self.config.channels, self.config.blocks
         self.stem = nn.Conv3d(8 * len(CHANNELS), widths[0], 1)
         self.down = nn.ModuleList(
-            nn.Conv3d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False)
+            nn.Conv3d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths)
         )
         self.encoder = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(w) for _ in range(n)))
             for w, n in zip(widths, blocks, strict=True)
         )
         self.up = nn.ModuleList(
-            nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False)
+            nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in itertools.pairwise(widths)
         )
         self.decoder = nn.ModuleList(ResidualBlock(w) for w in widths[:-1])
         self.norm = nn.GroupNorm(8, widths[0])
@@ -158,3 +179,21 @@ class Refiner(nn.Module):
             + base[0] * channels[:, _LIKELIHOOD : _LIKELIHOOD + 1].float()
             + base[1] * channels[:, _PREVIOUS : _PREVIOUS + 1].float()
         )
+
+
+def load_refiner(path: Path) -> Refiner:
+    """Load a refiner, in evaluation mode, from a bundle: tensors ``refiner.*``, config ``refiner``.
+
+    Raises:
+        ValueError: the file holds no refiner, or is damaged.
+    """
+    state, metadata = read_weights(path)
+    if "refiner" not in metadata:
+        raise ValueError(
+            f"{path}: no refiner in it (metadata {sorted(metadata)}); accepted: a bundle with "
+            "'refiner' in its metadata"
+        )
+    with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
+        model = Refiner(RefinerConfig.from_json(metadata["refiner"]))
+    load_state(model, split_prefix(state, "refiner."), str(path))
+    return model.eval()

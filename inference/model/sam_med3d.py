@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from inference.model.mask_decoder import MaskDecoder
 from inference.model.prompt_encoder import DenseGrid, Points, PromptEncoder
 from inference.model.relative_position import Axes
 from inference.model.weights import load_state, read_weights, split_prefix
+
+Windows = Literal["1.5mm", "box"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,8 @@ class SamMed3DConfig:
         mask_in_chans: channels of the previous mask's branch.
         relative_positions: ``"public"`` or ``"aligned"``.
         dense_grid: ``"public"`` or ``"aligned"``.
+        windows: what the network was trained to see: ``"1.5mm"``, cubes of 1.5 mm a voxel about
+            the object, as public checkpoints, or ``"box"``, the object's region of interest.
 
     Raises:
         ValueError: a value is out of range, or values do not go together.
@@ -58,6 +62,7 @@ class SamMed3DConfig:
     mask_in_chans: int = 16
     relative_positions: Axes = "public"
     dense_grid: DenseGrid = "public"
+    windows: Windows = "1.5mm"
 
     def __post_init__(self) -> None:
         """Reject what no network can be built from."""
@@ -69,7 +74,7 @@ class SamMed3DConfig:
         }
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("global_blocks", "relative_positions", "dense_grid"):
+            if field.name in ("global_blocks", "relative_positions", "dense_grid", "windows"):
                 continue
             if type(value) is not int or value < 1:
                 raise ValueError(f"{field.name} is {value!r}: it must be a positive integer")
@@ -78,7 +83,11 @@ class SamMed3DConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: not a multiple of {factor}")
         if not all(type(i) is int and 0 <= i < self.depth for i in self.global_blocks):
             raise ValueError(f"global_blocks {self.global_blocks}: blocks are 0..{self.depth - 1}")
-        for name, kinds in (("relative_positions", Axes), ("dense_grid", DenseGrid)):
+        for name, kinds in (
+            ("relative_positions", Axes),
+            ("dense_grid", DenseGrid),
+            ("windows", Windows),
+        ):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {get_args(kinds)}")
 

@@ -145,6 +145,21 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     raise ValueError(f"{path}: accepted are files named *{', *'.join(_SUFFIXES)}")
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a ``.safetensors`` file without its tensors; empty for another kind.
+
+    Raises:
+        ValueError: not a safetensors file.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {_one_line(error)}") from error
+
+
 class _LeftOut:
     """Stands for any object of a checkpoint that is neither a tensor nor a plain value."""
 

@@ -1,0 +1,93 @@
+"""The coarse stage: SAM-Med3D in a window about the object."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inference.case import ObjectPrompts
+from inference.geometry import Triple, Window
+from inference.model.sam_med3d import SamMed3D
+from inference.resampling import resample
+
+_SPACING_MM = 1.5  # of the windows that public checkpoints were trained on
+_MARGIN = 1.2  # an object larger than such a window gets a coarser one, this much larger than it
+_MASK_LOGIT = 6.0  # hard previous masks stand in for the logits of training
+
+
+class CoarseStage:
+    """SAM-Med3D with the windows it was trained on: its configuration says which.
+
+    Args:
+        model: the network, in evaluation mode.
+        device: where to compute.
+    """
+
+    def __init__(self, model: SamMed3D, device: torch.device) -> None:
+        """Move the network to the device."""
+        self._model = model.to(device)
+        self._boxes = model.config.windows == "box"
+        edge = model.config.image_size
+        self.shape: Triple = (edge, edge, edge)
+
+    def window(self, region: Window, spacing_mm: tuple[float, float, float]) -> Window:
+        """The network's window for an object whose region of interest is ``region``."""
+        if self._boxes:
+            return Window(region.start, region.stop, self.shape)
+        longest = max(n * s for n, s in zip(region.size, spacing_mm, strict=True))
+        edge = max(_SPACING_MM * self.shape[0], longest * _MARGIN / 1.8)
+        start, stop = [], []
+        for a, b, s in zip(region.start, region.stop, spacing_mm, strict=True):
+            n = max(1, round(edge / s))
+            start.append(round((a + b - n) / 2))
+            stop.append(start[-1] + n)
+        return Window((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]), self.shape)
+
+    def logits(
+        self, image: Tensor, window: Window, prompts: ObjectPrompts, previous: Tensor | None
+    ) -> Tensor:
+        """Segment one object in its window.
+
+        All clicks are points. Networks trained on box windows also get the box; public ones, which
+        never learnt boxes, get its centre as a positive point while there is no positive click.
+
+        Args:
+            image: (1, *shape) raw intensities.
+            window: from :meth:`window`.
+            prompts: of the object; not empty.
+            previous: (1, *shape) mask of the last round, 0..1, or None.
+
+        Returns:
+            (*shape) float32 logits.
+        """
+        places = [window.to_grid(click.position) for click in prompts.clicks]
+        labels = [int(click.positive) for click in prompts.clicks]
+        boxes = None
+        if prompts.box is not None:
+            first = window.to_grid(prompts.box.start)
+            last = window.to_grid([b - 1 for b in prompts.box.stop])
+            if self._boxes:
+                boxes = image.new_tensor([[*first, *last]])
+            if 1 not in labels:
+                middle = [(a + b) / 2 for a, b in zip(first, last, strict=True)]
+                places.insert(0, (middle[0], middle[1], middle[2]))
+                labels.insert(0, 1)
+        points = (image.new_tensor([places]), torch.tensor([labels], device=image.device))
+        low = [n // 4 for n in self.shape]
+        masks = None
+        if previous is not None:
+            small = resample(previous, (low[0], low[1], low[2]))
+            masks = (_MASK_LOGIT * (2 * small - 1))[None]
+        with torch.inference_mode(), torch.autocast(image.device.type, torch.bfloat16):
+            embedding = self._model.encode_image(_normalise(image)[None])
+            coarse, _ = self._model.decode(
+                embedding, points if places else None, boxes=boxes, masks=masks
+            )
+        return resample(coarse[:, 0].float(), self.shape)[0]
+
+
+def _normalise(image: Tensor) -> Tensor:
+    """Z-scores over the voxels above 0, as SAM-Med3D was trained (over all if there are none)."""
+    inside = image[image > 0]
+    std, mean = torch.std_mean(inside if inside.numel() > 1 else image, correction=0)
+    return (image - mean) / std.clamp_min(1e-6)
