@@ -162,8 +162,9 @@ def _build_segmenter(options: argparse.Namespace) -> Segmenter:
         return Segmenter.from_files(
             weights, sam=options.sam, refiner=refiner, device=options.device
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise StartError(" ".join(str(error).split())) from error
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise StartError(kind + " ".join(str(error).split())) from error
 
 
 def _segment_file(path: Path, segmenter: Segmenter, options: argparse.Namespace) -> str:

@@ -233,14 +233,23 @@ class TestNothingCanStart:
         write_case(tmp_path / "in", "CT_a.npz")
         self.check(run(option, "absent.pth"), "absent.pth", "no such file")
 
-    def test_weights_are_of_no_use(self, stand_in, run, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("fault", "words"),
+        [
+            (ValueError("a.pth: received text;\naccepted: safetensors"), "received text; accepted"),
+            (RuntimeError("no CUDA device"), "RuntimeError: no CUDA device"),
+            (KeyError("refiner"), "KeyError: 'refiner'"),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_weights_are_of_no_use(self, stand_in, run, tmp_path, monkeypatch, fault, words):
         write_case(tmp_path / "in", "CT_a.npz")
 
         def refuse(*_, **__):
-            raise ValueError("default.safetensors: received text;\naccepted is safetensors")
+            raise fault
 
         monkeypatch.setattr(stand_in, "from_files", refuse)
-        self.check(run(), "received text; accepted is safetensors")
+        self.check(run(), words)
 
 
 @pytest.mark.parametrize(
