@@ -98,7 +98,7 @@ def read_box(entry: object, shape: tuple[int, ...], say: Callable[[str], None]) 
     ):
         repairs.append("cut at the border of the volume")
     if middle is None:
-        slice_ = (start[0] + stop[0] - 1) // 2
+        slice_ = (start[0] + stop[0]) // 2
         repairs.append(f"z_mid put at {slice_}, half way")
     else:
         slice_ = min(max(_voxel(middle), start[0]), stop[0] - 1)

@@ -1,0 +1,346 @@
+"""Medical image files to cases and label maps back to medical image files.
+
+    python -m inference.nifti to-npz IMAGE CASE.npz [--window bone] [--labels SEG | --box ...]
+    python -m inference.nifti to-nifti SEGS.npz IMAGE OUT.nii.gz
+
+IMAGE is whatever SimpleITK reads (NIfTI, NRRD, MHA, ...) or a folder with a DICOM series. A case
+holds axial slices, the way scanners store them: the volume is turned to the LPS orientation (x to
+the left, y to the back, z to the head) by permuting and flipping axes. Nothing is resampled, so
+label maps turn back exactly. The only module that imports SimpleITK, and only when it is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inference.npz import NpzFile
+from inference.object_prompts import stored_box
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+CT_WINDOWS = {"soft": (400, 40), "lung": (1500, -160), "brain": (80, 40), "bone": (1800, 400)}
+"""Width and level in Hounsfield units, as the challenge's images were made."""
+
+PERCENTILES = (0.5, 99.5)
+"""What other modalities are clipped to (the challenge's too)."""
+
+_TOLERANCE = 1e-3  # mm, and of direction cosines: headers hold float32
+
+
+def read_volume(path: Path | str, series: str | None = None) -> sitk.Image:
+    """Read a 3D scalar volume, as it lies in the file.
+
+    Args:
+        path: an image file, or a folder that holds a DICOM series.
+        series: which series (its UID) of a folder that holds several.
+
+    Raises:
+        ValueError: if it cannot be read or is no 3D scalar volume; one line.
+    """
+    import SimpleITK as sitk
+
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    try:
+        if path.is_dir():
+            image = sitk.ReadImage(_series_files(path, series))
+        else:
+            image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{path}: cannot be read as an image ({reason})") from None
+    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
+        image = image[:, :, :, 0]
+    components = image.GetNumberOfComponentsPerPixel()
+    if image.GetDimension() != 3 or components != 1 or "complex" in image.GetPixelIDTypeAsString():
+        raise ValueError(
+            f"{path}: received {image.GetPixelIDTypeAsString()} of size {image.GetSize()} with "
+            f"{components} components; accepted: one real number a voxel, 3D"
+        )
+    return image
+
+
+def _series_files(folder: Path, series: str | None) -> list[str]:
+    import SimpleITK as sitk
+
+    found = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if series is None and len(found) == 1:
+        series = found[0]
+    if series not in found:
+        received = f"series {series}" if series else f"{len(found)} DICOM series"
+        choice = f" (choose one of {', '.join(found)})" if found else ""
+        raise ValueError(f"{folder}: received {received}; accepted: one DICOM series{choice}")
+    return list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series))
+
+
+def to_uint8(volume: NDArray[Any], window: tuple[float, float] | None = None) -> NDArray[np.uint8]:
+    """Rescale intensities to 0..255, the range of the challenge's images.
+
+    Args:
+        volume: any shape, real; voxels that are not finite become the end of the range they lie
+            at, NaN the lower one.
+        window: width and level of a CT window; None clips to ``PERCENTILES`` of the finite voxels.
+
+    Raises:
+        ValueError: if the window's width is not positive.
+    """
+    if window is None:
+        finite = volume[np.isfinite(volume)] if volume.dtype.kind == "f" else volume
+        low, high = np.percentile(finite, PERCENTILES) if finite.size else (0.0, 0.0)
+    else:
+        width, level = window
+        low, high = level - width / 2, level + width / 2
+        if not width > 0:
+            raise ValueError(f"received a window of width {width}; accepted: a positive width")
+    result = np.zeros(volume.shape, np.uint8)
+    if high > low:
+        for source, target in zip(volume, result, strict=True):  # by slices: float64 is eight times
+            scaled = (np.clip(source.astype(np.float64), low, high) - low) * (255 / (high - low))
+            target[...] = np.rint(np.nan_to_num(scaled))
+    return result
+
+
+def to_case(
+    image: sitk.Image,
+    window: tuple[float, float] | None = None,
+    labels: sitk.Image | None = None,
+    boxes: Sequence[Sequence[int]] = (),
+    clicks: Sequence[tuple[int, str, tuple[int, int, int]]] = (),
+) -> dict[str, NDArray[Any]]:
+    """A case in the challenge's format from an image and prompts.
+
+    Args:
+        image: 3D scalar.
+        window: see ``to_uint8``.
+        labels: label map on the image's grid: ``gts``, its labels renumbered 1..N in ascending
+            order, and a box a class, by the challenge's rule without padding. Excludes ``boxes``.
+        boxes: one a class: x_min, x_max, y_min, y_max, z_min, z_max, both ends inside, voxel
+            indices of ``image`` counted from 0.
+        clicks: class, ``"fg"`` or ``"bg"``, and voxel index (x, y, z) of ``image``; oldest first.
+
+    Raises:
+        ValueError: if labels lie on another grid, there are more than 255, or a prompt is outside.
+    """
+    turned = _turned(image, "LPS")
+    case: dict[str, NDArray[Any]] = {
+        "imgs": to_uint8(_array(turned), window),
+        "spacing": np.array(turned.GetSpacing()),
+    }
+    stored: list[dict[str, int]] = []
+    if labels is not None:
+        _check_same_grid(image, labels)
+        case["gts"] = _renumbered(_array(_turned(labels, "LPS")))
+        classes = range(1, int(case["gts"].max()) + 1)
+        stored = [stored_box(case["gts"] == label) for label in classes]
+    for x0, x1, y0, y1, z0, z1 in boxes:
+        corners = [_turned_index(image, turned, corner) for corner in ((x0, y0, z0), (x1, y1, z1))]
+        low, high = (tuple(map(end, *corners)) for end in (min, max))
+        box = {"z_min": low[0], "z_max": high[0], "z_mid": (low[0] + high[0] + 1) // 2}
+        box |= {"z_mid_y_min": low[1], "z_mid_y_max": high[1]}
+        stored.append(box | {"z_mid_x_min": low[2], "z_mid_x_max": high[2]})
+    if stored:
+        case["boxes"] = np.array(stored, dtype=object)
+    if clicks:
+        count = len(stored) or max(label for label, _, _ in clicks)
+        positions: list[dict[str, list[list[int]]]] = [{"fg": [], "bg": []} for _ in range(count)]
+        orders: list[list[str]] = [[] for _ in range(count)]
+        for label, side, index in clicks:
+            if not 1 <= label <= count or side not in ("fg", "bg"):
+                raise ValueError(
+                    f"received a click {side!r} on class {label}; "
+                    f"accepted: fg or bg, classes 1 to {count}"
+                )
+            positions[label - 1][side].append(list(_turned_index(image, turned, index)))
+            orders[label - 1].append(side)
+        case["clicks"] = np.array(positions, dtype=object)
+        case["clicks_order"] = np.empty(count, dtype=object)
+        case["clicks_order"][:] = orders
+    return case
+
+
+def to_image(label_map: NDArray[np.uint8], source: sitk.Image) -> sitk.Image:
+    """The label map of a case in the exact geometry of the image the case was made from.
+
+    Args:
+        label_map: (D, H, W), the grid of ``to_case``.
+        source: what ``to_case`` was given.
+
+    Raises:
+        ValueError: if the label map has another shape than the source, once turned.
+    """
+    import SimpleITK as sitk
+
+    turned = _turned(source, "LPS")
+    if label_map.shape != turned.GetSize()[::-1]:
+        raise ValueError(
+            f"received a label map of shape {label_map.shape}; accepted: "
+            f"{turned.GetSize()[::-1]}, the shape of the image in axial slices"
+        )
+    image = sitk.GetImageFromArray(label_map)
+    image.CopyInformation(turned)
+    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(source.GetDirection())
+    result = _turned(image, code)
+    _check_same_grid(source, result)
+    result.CopyInformation(source)  # without the rounding of the origin on the way
+    return result
+
+
+def _turned(image: sitk.Image, orientation: str) -> sitk.Image:
+    import SimpleITK as sitk
+
+    return sitk.DICOMOrient(image, orientation)
+
+
+def _array(image: sitk.Image) -> NDArray[Any]:
+    """(D, H, W) = (z, y, x)."""
+    import SimpleITK as sitk
+
+    array: NDArray[Any] = sitk.GetArrayFromImage(image)
+    return array
+
+
+def _turned_index(
+    image: sitk.Image, turned: sitk.Image, index: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """The voxel (z, y, x) of the turned image for voxel (x, y, z) of the image."""
+    if not all(0 <= i < n for i, n in zip(index, image.GetSize(), strict=True)):
+        raise ValueError(f"received voxel {index}; accepted: voxels of size {image.GetSize()}")
+    x, y, z = turned.TransformPhysicalPointToIndex(image.TransformIndexToPhysicalPoint(index))
+    return int(z), int(y), int(x)
+
+
+def _renumbered(labels: NDArray[Any]) -> NDArray[np.uint8]:
+    values = np.unique(labels)
+    names = values[values != 0]
+    if not 1 <= len(names) <= 255 or not np.array_equal(names, np.rint(names)) or names[0] < 0:
+        raise ValueError(
+            f"received {len(names)} labels {names[:5].tolist()}; accepted: 1 to 255 whole numbers"
+        )
+    table = np.concatenate([[0], names])
+    return np.searchsorted(table, labels).astype(np.uint8)
+
+
+def _check_same_grid(image: sitk.Image, other: sitk.Image) -> None:
+    for name in ("Size", "Spacing", "Origin", "Direction"):
+        expected, received = (getattr(i, f"Get{name}")() for i in (image, other))
+        if not np.allclose(expected, received, rtol=0, atol=_TOLERANCE):
+            raise ValueError(
+                f"received a label map with {name.lower()} {received}; "
+                f"accepted: that of the image, {expected}"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 1 after an error (one line on stderr)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m inference.nifti",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    forth = commands.add_parser("to-npz", help="make a case of an image and prompts")
+    forth.add_argument("image", type=Path, help="image file or folder with a DICOM series")
+    forth.add_argument("case", type=Path, help="the npz file to write, named MODALITY_...")
+    forth.add_argument(
+        "--window",
+        type=_window,
+        metavar="|".join(CT_WINDOWS) + "|W,L",
+        help="CT window; without one intensities are clipped to percentiles "
+        f"{PERCENTILES[0]} and {PERCENTILES[1]}",
+    )
+    prompts = forth.add_mutually_exclusive_group()
+    prompts.add_argument("--labels", type=Path, help="label map: a box a class, and gts")
+    prompts.add_argument(
+        "--box",
+        type=int,
+        nargs=6,
+        action="append",
+        default=[],
+        metavar=("X0", "X1", "Y0", "Y1", "Z0", "Z1"),
+        help="the next class's box: first and last voxels of IMAGE, from 0",
+    )
+    forth.add_argument(
+        "--click",
+        nargs=5,
+        action="append",
+        default=[],
+        metavar=("CLASS", "fg|bg", "X", "Y", "Z"),
+        help="a click on a voxel of IMAGE, from 0; oldest first",
+    )
+    back = commands.add_parser("to-nifti", help="give a result the geometry of its image")
+    back.add_argument("segs", type=Path, help="npz file with segs")
+    back.add_argument("image", type=Path, help="the image the case was made from")
+    back.add_argument("out", type=Path, help="file to write; its ending names the format")
+    for command in (forth, back):
+        command.add_argument("--series", help="UID, where a folder holds several DICOM series")
+    options = parser.parse_args(arguments)
+    try:
+        (_to_npz if options.command == "to-npz" else _to_nifti)(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _window(text: str) -> tuple[float, float]:
+    if text in CT_WINDOWS:
+        return CT_WINDOWS[text]
+    try:
+        width, level = map(float, text.split(","))
+    except ValueError:
+        names = ", ".join(CT_WINDOWS)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {names} nor W,L") from None
+    return width, level
+
+
+def _click(words: Sequence[str]) -> tuple[int, str, tuple[int, int, int]]:
+    try:
+        label, x, y, z = (int(word) for word in (words[0], *words[2:]))
+    except ValueError:
+        raise ValueError(
+            f"received --click {' '.join(words)}; accepted: CLASS fg|bg X Y Z, whole numbers"
+        ) from None
+    return label, words[1], (x, y, z)
+
+
+def _to_npz(options: argparse.Namespace) -> None:
+    if options.case.suffix != ".npz":
+        raise ValueError(f"received the output {options.case}; accepted: a name ending in .npz")
+    image = read_volume(options.image, options.series)
+    labels = read_volume(options.labels) if options.labels else None
+    clicks = [_click(words) for words in options.click]
+    case = to_case(image, options.window, labels, options.box, clicks)
+    np.savez_compressed(options.case, allow_pickle=True, **case)
+    shape = "x".join(map(str, case["imgs"].shape))
+    x, y, z = case["spacing"]
+    print(f"{options.case}: {shape} (z,y,x), spacing {z:g}x{y:g}x{x:g} mm")
+    if labels is not None:
+        names = np.unique(_array(labels))
+        for label, name in enumerate(names[names != 0], start=1):
+            print(f"class {label}: label {name:g}, {np.sum(case['gts'] == label)} voxels")
+
+
+def _to_nifti(options: argparse.Namespace) -> None:
+    import SimpleITK as sitk
+
+    source = read_volume(options.image, options.series)
+    with NpzFile(options.segs) as arrays:
+        if "segs" not in arrays:
+            raise ValueError(f"{options.segs}: received keys {list(arrays)}; accepted: segs")
+        label_map = arrays["segs"]
+    image = to_image(label_map.astype(np.uint8, copy=False), source)
+    sitk.WriteImage(image, str(options.out), useCompression=True)
+    print(f"{options.out}: {image.GetSize()} (x,y,z), {int(label_map.max())} classes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

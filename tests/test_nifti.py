@@ -1,0 +1,323 @@
+"""Images to cases and back: intensities, axes, prompts, and the exact geometry of the source."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from inference.case import Click, load_case, parse_case
+from inference.nifti import (
+    CT_WINDOWS,
+    main,
+    read_volume,
+    to_case,
+    to_image,
+    to_uint8,
+)
+from inference.object_prompts import stored_box
+from inference.output import save_segmentation
+from tests.phantoms import challenge_case
+
+SIZE = (7, 9, 11)  # x, y, z
+SPACING = (3.0, 2.0, 1.0)
+
+
+def rotation(seed: int, most: float = np.pi) -> np.ndarray[Any, Any]:
+    """A random rotation by at most an angle (Rodrigues' formula)."""
+    rng = np.random.default_rng(seed)
+    x, y, z = (axis := rng.normal(size=3)) / np.linalg.norm(axis)
+    K = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    angle = rng.uniform(0, most)
+    return np.eye(3) + np.sin(angle) * K + (1 - np.cos(angle)) * (K @ K)
+
+
+DIRECTIONS: dict[str, np.ndarray[Any, Any]] = {
+    "LPS": np.eye(3),
+    "RAS": np.diag([-1.0, -1.0, 1.0]),
+    "flipped": np.diag([-1.0, -1.0, -1.0]),
+    "left-handed": np.diag([1.0, 1.0, -1.0]),
+    "sagittal": np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]]),
+    "coronal": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),
+    "oblique": rotation(0, 0.5),
+    "oblique sagittal": rotation(1, 0.5) @ np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]]),
+    "oblique flipped": rotation(2, 0.5) @ np.diag([-1.0, 1.0, -1.0]),
+    **{f"any rotation {seed}": rotation(seed) for seed in range(10, 20)},
+}
+
+
+def image_of(array: np.ndarray[Any, Any], direction: np.ndarray[Any, Any]) -> sitk.Image:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(SPACING)
+    image.SetOrigin((-120.5, 33.25, 1000.125))
+    image.SetDirection(direction.ravel().tolist())
+    return image
+
+
+def blobs(direction: np.ndarray[Any, Any]) -> sitk.Image:
+    """A label map with labels 21 and 23: boxes of no symmetry."""
+    labels = np.zeros(SIZE[::-1], np.uint8)
+    labels[1:4, 2:7, 1:3] = 21
+    labels[5:10, 1:3, 3:6] = 23
+    return image_of(labels, direction)
+
+
+def positions(image: sitk.Image) -> np.ndarray[Any, Any]:
+    """Physical coordinates (x, y, z) of every voxel, as (z, y, x, 3); from the header's meaning."""
+    z, y, x = np.indices(image.GetSize()[::-1])
+    index = np.stack([x, y, z], -1) * np.array(image.GetSpacing())
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    return index @ direction.T + np.array(image.GetOrigin())
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_a_label_map_comes_back_exactly(name: str) -> None:
+    source = blobs(DIRECTIONS[name])
+    case = to_case(source, labels=source)
+    back = to_image(case["gts"], source)
+    for what in ("Size", "Spacing", "Origin", "Direction"):
+        assert getattr(back, f"Get{what}")() == getattr(source, f"Get{what}")()
+    expected = np.searchsorted([0, 21, 23], sitk.GetArrayFromImage(source))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(back), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in DIRECTIONS if "any" not in name])
+def test_a_case_lies_left_back_head(name: str) -> None:
+    """Along each axis of the case the physical coordinate it stands for grows."""
+    plain = image_of(np.zeros(SIZE[::-1], np.float32), DIRECTIONS[name])
+    where = positions(plain)
+    for axis, coordinate in ((0, 2), (1, 1), (2, 0)):
+        source = image_of(where[..., coordinate].astype(np.float32), DIRECTIONS[name])
+        low, high = where[..., coordinate].min(), where[..., coordinate].max()
+        image = to_case(source, (high - low, (high + low) / 2))["imgs"].astype(int)
+        assert (np.diff(image, axis=axis) > 0).all()
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_spacing_goes_with_its_axis(name: str) -> None:
+    source = blobs(DIRECTIONS[name])
+    case = parse_case(to_case(source, labels=source), "a")
+    by_size = dict(zip(SIZE, SPACING, strict=True))
+    assert case.spacing_mm == tuple(by_size[n] for n in case.image.shape)
+    assert case.notes == ()
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_boxes_and_clicks_are_turned_with_the_image(name: str) -> None:
+    source = blobs(DIRECTIONS[name])
+    truth = to_case(source, labels=source)
+    case = to_case(
+        source,
+        boxes=[(1, 2, 2, 6, 1, 3), (3, 5, 1, 2, 5, 9)],
+        clicks=[(2, "fg", (3, 1, 5)), (2, "bg", (1, 2, 1)), (1, "fg", (2, 6, 3))],
+    )
+    assert list(case["boxes"]) == list(truth["boxes"])
+    assert list(truth["boxes"]) == [stored_box(truth["gts"] == label) for label in (1, 2)]
+    objects = parse_case(case, "a").objects
+    at = [[truth["gts"][click.position] for click in prompts.clicks] for prompts in objects]
+    assert at == [[1], [2, 1]]
+    assert [click.positive for click in objects[1].clicks] == [True, False]
+
+
+def test_clicks_alone_make_as_many_classes_as_they_name() -> None:
+    case = parse_case(to_case(blobs(np.eye(3)), clicks=[(3, "fg", (6, 8, 10))]), "a")
+    assert [prompts.clicks for prompts in case.objects] == [(), (), (Click((10, 8, 6), True),)]
+
+
+# --- intensities ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, low, high",
+    [("soft", -160, 240), ("lung", -910, 590), ("brain", 0, 80), ("bone", -500, 1300)],
+)
+def test_ct_windows(name: str, low: int, high: int) -> None:
+    values = np.array([[[-2000, low, low + (high - low) // 5, high, 3000]]], np.int16)
+    assert to_uint8(values, CT_WINDOWS[name]).ravel().tolist() == [0, 0, 51, 255, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32, np.float64])
+def test_percentiles(dtype: Any) -> None:
+    values = np.arange(2001).astype(dtype).reshape(3, 23, 29)
+    image = to_uint8(values)
+    low, high = 10, 1990  # 0.5 and 99.5 % of 0..2000
+    expected = np.rint((np.clip(values.astype(float), low, high) - low) * 255 / (high - low))
+    np.testing.assert_array_equal(image, expected)
+
+
+def test_intensities_that_are_no_numbers() -> None:
+    values = np.array([[[0, 100, np.nan, np.inf, -np.inf]]], np.float32)
+    assert to_uint8(values, (100, 50)).ravel().tolist() == [0, 255, 0, 255, 0]
+    assert to_uint8(values).ravel().tolist() == [0, 255, 0, 255, 0]
+    assert not to_uint8(np.full((2, 3, 4), np.nan)).any()
+    assert not to_uint8(np.full((2, 3, 4), 7)).any()
+
+
+def test_a_window_without_width_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^received a window of width -1; accepted: a positive"):
+        to_uint8(np.zeros((1, 1, 1)), (-1, 0))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz", "nrrd", "mha", "mhd"])
+def test_command_line_there_and_back(
+    tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = blobs(DIRECTIONS["oblique sagittal"])
+    image, seg = tmp_path / f"image.{ending}", tmp_path / f"seg.{ending}"
+    sitk.WriteImage(sitk.Cast(source, sitk.sitkInt16) * 10 - 300, str(image))
+    sitk.WriteImage(source, str(seg))
+    case_path = tmp_path / "CT_1.npz"
+    words = ["to-npz", image, case_path, "--window", "400,-100", "--labels", seg]
+    assert main([str(word) for word in words]) == 0
+    assert "class 2: label 23, 30 voxels" in capsys.readouterr().out
+
+    case = load_case(case_path)
+    assert case.notes == ()
+    assert len(case.objects) == 2
+    gts = np.load(case_path)["gts"]
+    assert set(np.unique(case.image[gts == 0])) == {0}
+    assert set(np.unique(case.image[gts == 2])) == {round((-70 + 300) * 255 / 400)}
+
+    save_segmentation(tmp_path / "segs.npz", gts)
+    out = tmp_path / f"out.{ending}"
+    assert main(["to-nifti", str(tmp_path / "segs.npz"), str(image), str(out)]) == 0
+    back, original = sitk.ReadImage(str(out)), sitk.ReadImage(str(image))
+    for what in ("Size", "Spacing", "Origin", "Direction"):
+        np.testing.assert_allclose(
+            getattr(back, f"Get{what}")(), getattr(original, f"Get{what}")(), atol=1e-5
+        )
+    expected = np.searchsorted([0, 21, 23], sitk.GetArrayFromImage(source))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(back), expected)
+
+
+def test_prompts_on_the_command_line(tmp_path: Path) -> None:
+    sitk.WriteImage(blobs(np.eye(3)), str(tmp_path / "a.nii.gz"))
+    words = f"to-npz {tmp_path}/a.nii.gz {tmp_path}/MR_a.npz --box 1 2 2 6 1 3 --box 3 5 1 2 5 9"
+    assert main([*words.split(), "--click", "2", "bg", "0", "8", "10"]) == 0
+    first, second = load_case(tmp_path / "MR_a.npz").objects
+    assert first.box is not None and second.box is not None
+    assert (first.box.start, first.box.stop) == ((1, 2, 1), (4, 7, 3))
+    assert second.clicks == (Click((10, 8, 0), False),)
+
+
+def write_series(folder: Path, image: sitk.Image, uid: str) -> None:
+    """A DICOM series, one file a slice."""
+    folder.mkdir(exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    direction = np.array(image.GetDirection()).reshape(3, 3)
+    tags = {
+        "0008|0060": "CT",
+        "0020|000d": "1.2.3",
+        "0020|000e": uid,
+        "0020|0037": "\\".join(f"{v:.9f}" for v in direction[:, :2].T.ravel()),
+    }
+    for z in range(image.GetSize()[2]):
+        part = image[:, :, z]
+        position = image.TransformIndexToPhysicalPoint((0, 0, z))
+        tags["0020|0032"] = "\\".join(f"{v:.6f}" for v in position)
+        tags["0020|0013"] = str(z)
+        tags["0008|0018"] = f"{uid}.{z + 1}"
+        for key, value in tags.items():
+            part.SetMetaData(key, value)
+        writer.SetFileName(str(folder / f"{uid}-{99 - z:02}.dcm"))
+        writer.Execute(part)
+
+
+def test_a_dicom_series_is_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    labels = blobs(DIRECTIONS["oblique"])
+    image = sitk.Cast(labels, sitk.sitkInt16) * 10
+    image.CopyInformation(labels)
+    write_series(tmp_path / "dicom", image, "1.2.3.4")
+    found = read_volume(tmp_path / "dicom")
+    assert found.GetSize() == image.GetSize()
+    np.testing.assert_allclose(found.GetSpacing(), SPACING, atol=1e-4)
+    np.testing.assert_allclose(found.GetDirection(), image.GetDirection(), atol=1e-4)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(image))
+    case = to_case(found, labels=labels)
+    np.testing.assert_array_equal(
+        sitk.GetArrayFromImage(to_image(case["gts"], found)) > 0, sitk.GetArrayFromImage(labels) > 0
+    )
+
+    write_series(tmp_path / "dicom", image, "1.2.3.5")
+    with pytest.raises(ValueError, match=r"received 2 DICOM series; .*choose one of 1\.2\.3\."):
+        read_volume(tmp_path / "dicom")
+    assert read_volume(tmp_path / "dicom", "1.2.3.5").GetSize() == image.GetSize()
+
+
+def test_a_fourth_axis_of_one_is_no_matter(tmp_path: Path) -> None:
+    volume = blobs(np.eye(3))
+    sitk.WriteImage(sitk.JoinSeries([volume]), str(tmp_path / "a.nii.gz"))
+    assert read_volume(tmp_path / "a.nii.gz").GetSize() == SIZE
+
+
+VOLUME = image_of(np.zeros(SIZE[::-1], np.int16), np.eye(3))
+FLOAT = sitk.Cast(VOLUME, sitk.sitkFloat32)
+BAD_IMAGES: dict[str, tuple[sitk.Image, str]] = {
+    "2D": (VOLUME[:, :, 0], r"received 16-bit signed integer of size \(7, 9\)"),
+    "4D": (sitk.JoinSeries([VOLUME, VOLUME]), r"of size \(7, 9, 11, 2\)"),
+    "vectors": (sitk.Compose(VOLUME, VOLUME, VOLUME), "with 3 components; accepted: one real"),
+    "complex": (sitk.RealAndImaginaryToComplex(FLOAT, FLOAT), "complex of 32-bit float"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_what_is_no_volume_is_refused(tmp_path: Path, name: str) -> None:
+    image, message = BAD_IMAGES[name]
+    sitk.WriteImage(image, str(tmp_path / "a.nii"))
+    with pytest.raises(ValueError, match=message):
+        read_volume(tmp_path / "a.nii")
+
+
+def test_errors_are_one_line_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, seg, other = (str(tmp_path / name) for name in ("a.nii", "seg.nii", "other.nii"))
+    sitk.WriteImage(VOLUME, image)
+    sitk.WriteImage(blobs(np.eye(3)), seg)
+    sitk.WriteImage(blobs(DIRECTIONS["RAS"]), other)
+    (tmp_path / "bad.nii").write_bytes(b"no image")
+    (tmp_path / "empty").mkdir()
+    save_segmentation(tmp_path / "segs.npz", challenge_case()["gts"])
+    np.savez(tmp_path / "b.npz", gts=np.zeros((2, 3, 4)))
+    out = str(tmp_path / "CT.npz")
+    commands = {
+        f"to-npz {tmp_path}/no.nii {out}": "no such file or folder",
+        f"to-npz {tmp_path}/bad.nii {out}": "cannot be read as an image (",
+        f"to-npz {tmp_path}/empty {out}": "received 0 DICOM series; accepted: one",
+        f"to-npz {image} {tmp_path}/CT.nii": "accepted: a name ending in .npz",
+        f"to-npz {image} {out} --labels {other}": "received a label map with direction",
+        f"to-npz {image} {out} --labels {image}": "received 0 labels []; accepted: 1 to 255",
+        f"to-npz {image} {out} --box 0 7 0 1 0 1": "received voxel (7, 1, 1)",
+        f"to-npz {image} {out} --click 1 up 0 0 0": "received a click 'up' on class 1",
+        f"to-npz {image} {out} --click 1 fg 0 0 x": "received --click 1 fg 0 0 x; accepted",
+        f"to-npz {image} {out} --labels {seg} --click 3 fg 0 0 0": "classes 1 to 2",
+        f"to-nifti {tmp_path}/segs.npz {image} {seg}": "received a label map of shape",
+        f"to-nifti {tmp_path}/b.npz {image} {seg}": "received keys ['gts']; accepted: segs",
+        f"to-nifti {image} {image} {seg}": "a.nii: received a file that is no zip archive",
+    }
+    for command, message in commands.items():
+        assert main(command.split()) == 1, command
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, (command, error)
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("window", ["liver", "400", "400,40,3", "a,b"])
+def test_a_window_of_no_meaning_is_refused(window: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["to-npz", "a.nii", "b.npz", "--window", window])
+    assert "is neither soft, lung, brain, bone nor W,L" in capsys.readouterr().err
+
+
+def test_simpleitk_is_loaded_by_use_only() -> None:
+    code = "import sys, inference.nifti; sys.exit('SimpleITK' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
