@@ -1,0 +1,1 @@
+"""Training and evaluation: everything that does not ship in the image."""

@@ -82,7 +82,7 @@ def paint(labels: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def perturb_mask(mask: Tensor, cells: tuple[int, int, int], rng: np.random.Generator) -> Tensor:
-    """A plausible coarse segmentation of a (D, H, W) 0/1 mask: seen at ``cells`` cells, with noise."""
+    """A plausible coarse segmentation of a (D, H, W) 0/1 mask: at ``cells`` cells, with noise."""
     size = tuple(mask.shape)
     coarse = resample(mask[None].float(), cells)[0]
     coarse = coarse + float(rng.uniform(0, 0.5)) * smooth(_noise(coarse, rng)[None], 1.0)[0]

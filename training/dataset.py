@@ -54,7 +54,7 @@ def load_folder(folder: Path, device: torch.device | str = "cpu") -> list[Labell
     for path in sorted(folder.glob("*.npz")):
         with np.load(path, allow_pickle=False) as arrays:
             labels = arrays["gts"]
-            image = arrays["imgs"] if "imgs" in arrays else None
+            image = arrays.get("imgs")
             x, y, z = (float(v) for v in arrays["spacing"])
         kind = np.uint8 if labels.max() < 256 else np.int16
         labels = np.ascontiguousarray(labels.astype(kind))

@@ -52,7 +52,7 @@ class Trainer:
         return min(1.0, max(self.step / self.config.steps, self.minutes / self.config.minutes))
 
     def run(self, checkpoint_minutes: float = 5.0, log_minutes: float = 1.0) -> None:
-        """Train to the end of the schedule, writing ``checkpoint.pt`` and a log line now and then."""
+        """Train to the end of the schedule; write ``checkpoint.pt`` and a log line now and then."""
         begun, before = time.monotonic(), self.minutes
         saved = logged = self.minutes
         while self.progress < 1:
