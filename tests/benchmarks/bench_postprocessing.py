@@ -4,7 +4,7 @@
 
 Two cases out of one connectomics label volume (512^3 voxels, 2,523 labels): a crop with all its
 labels, and the largest labels at full size. Both must come out bit for bit the same. The literal
-version takes half a minute a label at full size; ``--largest 5`` gives a first impression.
+version takes far longer a label at full size than ours: ``--largest 5`` gives a first impression.
 """
 
 from __future__ import annotations
