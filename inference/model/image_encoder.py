@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inference.model.layers import LayerNorm3d, MLPBlock
+from inference.model.layers import LayerNorm3d, Linear, MLPBlock
 from inference.model.relative_position import Axes, gather_offsets, relative_bias
 
 
@@ -51,8 +51,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.size = size
         self.axes: Axes = axes
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.rel_pos_d = nn.Parameter(torch.zeros(2 * size - 1, width // heads))
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * size - 1, width // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * size - 1, width // heads))

@@ -8,6 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# None in a build without oneDNN.
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, on oneDNN's float32 kernel where a CPU computes without gradients.
+
+    PyTorch itself takes MKL's, which AMD processors run at half that speed (measured on Zen 5,
+    512 tokens, one thread: 95 against 210 GFLOP/s). PyTorch's compiler calls the same operator.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if (
+            _ONEDNN_LINEAR is not None
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            return _ONEDNN_LINEAR(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return super().forward(x)
+
 
 class LayerNorm3d(nn.Module):
     """Layer normalisation over the channels of a (B, C, D, H, W) tensor, eps 1e-6."""
@@ -19,11 +42,9 @@ class LayerNorm3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) -> the same shape."""
-        return self.over_last(x.movedim(1, -1)).movedim(-1, 1)
-
-    def over_last(self, x: Tensor) -> Tensor:
-        """The same for a tensor whose channels are the last axis: (..., C) -> (..., C)."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-6)
+        last = x.movedim(1, -1)
+        last = F.layer_norm(last, self.weight.shape, self.weight, self.bias, eps=1e-6)
+        return last.movedim(-1, 1)
 
 
 class MLPBlock(nn.Module):
@@ -31,8 +52,8 @@ class MLPBlock(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: nn.Module) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(width, hidden)
-        self.lin2 = nn.Linear(hidden, width)
+        self.lin1 = Linear(width, hidden)
+        self.lin2 = Linear(hidden, width)
         self.act = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +67,7 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., widths[0]) -> (..., widths[-1])."""

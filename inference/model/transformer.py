@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inference.model.layers import MLPBlock
+from inference.model.layers import Linear, MLPBlock
 
 
 class Attention(nn.Module):
@@ -15,10 +15,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = width // reduction
         self.heads = heads
-        self.q_proj = nn.Linear(width, inner)
-        self.k_proj = nn.Linear(width, inner)
-        self.v_proj = nn.Linear(width, inner)
-        self.out_proj = nn.Linear(inner, width)
+        self.q_proj = Linear(width, inner)
+        self.k_proj = Linear(width, inner)
+        self.v_proj = Linear(width, inner)
+        self.out_proj = Linear(inner, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, Q, C), (B, K, C), (B, K, C) -> (B, Q, C)."""
