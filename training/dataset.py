@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import edt
 import numpy as np
 import torch
 from scipy import ndimage
@@ -173,6 +174,8 @@ class EpisodeSampler:
         zoomed = boxed and max(window.size) > 1.25 * edge and rng.random() < config.zoom
         if zoomed:
             window = self._zoom(window, labels[place] == label, start, edge)
+        elif not boxed and rng.random() < 0.6:
+            window = self._about_click(labels[place] == label, start, spacing_mm, edge)
 
         cells = _crop(labels, window, edge=False)
         target = resample((cells == label).float()[None], window.shape)[0]
@@ -247,13 +250,9 @@ class EpisodeSampler:
         if boxed:
             scale = float(rng.uniform(*self._config.box_scale))
             factors, shift = np.exp(rng.normal(0, 0.05, 3)), 0.06
-        elif rng.random() < 0.5:
+        else:
             scale = float(np.exp(rng.uniform(np.log(1.2), np.log(4.0))))
             factors, shift = np.exp(rng.normal(0, 0.2, 3)), 0.15
-        else:  # a cube, as the first look of a case without boxes
-            longest = max(s * mm for s, mm in zip(size, spacing_mm, strict=True))
-            scale, shift = float(rng.uniform(1.1, 2.6)), 0.15
-            factors = np.array([longest / (s * mm) for s, mm in zip(size, spacing_mm, strict=True)])
         edges = [s * float(f) for s, f in zip(size, factors, strict=True)]
         centre = [
             c + float(rng.uniform(-shift, shift)) * s for c, s in zip(centre, size, strict=True)
@@ -264,6 +263,33 @@ class EpisodeSampler:
             shape,
             spacing_mm,
             scale,
+        )
+
+    def _about_click(
+        self, mask: Tensor, offset: Triple, spacing_mm: tuple[float, float, float], edge: int
+    ) -> Window:
+        """A cube in millimetres about an object's deepest point: the first look without a box.
+
+        It may be smaller than the object: then the prediction has to reach its border, so that
+        inference knows to look further.
+        """
+        steps = [max(1, n // 48) for n in mask.shape]
+        few = mask[:: steps[0], :: steps[1], :: steps[2]].cpu().numpy()
+        apart = [n * mm for n, mm in zip(steps, spacing_mm, strict=True)]
+        depth = edt.edt(np.ascontiguousarray(few), anisotropy=apart, black_border=True)
+        deepest = np.unravel_index(int(depth.argmax()), depth.shape)
+        longest = max(n * mm for n, mm in zip(mask.shape, spacing_mm, strict=True))
+        cube = longest * float(np.exp(self._rng.uniform(np.log(0.4), np.log(4.0))))
+        edges = [cube / mm for mm in spacing_mm]
+        centre = [
+            i * n + o + float(self._rng.uniform(-0.1, 0.1)) * e
+            for i, n, o, e in zip(deepest, steps, offset, edges, strict=True)
+        ]
+        return window_around(
+            [c - e / 2 for c, e in zip(centre, edges, strict=True)],
+            [c + e / 2 for c, e in zip(centre, edges, strict=True)],
+            (edge, edge, edge),
+            spacing_mm,
         )
 
     def _zoom(self, window: Window, mask: Tensor, offset: Triple, edge: int) -> Window:
