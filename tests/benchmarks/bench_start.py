@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.bench_start [--runs 7]
 
-Each command is a process of its own, all in turn so that a busy machine slows all of them;
-the median counts. The challenge starts the program six times a case.
+Each command is a process of its own, all in turn so that a busy machine slows all of them; medians
+of wall time and of CPU time, which a busy machine hardly changes. The challenge starts the program
+six times a case.
 """
 
 from __future__ import annotations
@@ -31,33 +32,47 @@ COMMANDS = {
 }
 
 
-def seconds(code: str) -> float:
+def cost(code: str) -> tuple[float, float]:
+    """Wall and CPU seconds of a process."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)
-    return time.perf_counter() - started
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=CHECKOUT)
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{code!r} ended with {process.returncode}")
+    return wall, usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure, print a table, write CSV."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7, help="processes a command")
     options = parser.parse_args()
-    times: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
     for turn in range(options.runs + 1):
         for name, code in COMMANDS.items():
-            value = seconds(code)
+            both = cost(code)
             if turn:  # the first turn fills the disk's cache
-                times[name].append(value)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+                costs[name].append(both)
+    medians = {
+        name: tuple(statistics.median(kind) for kind in zip(*both, strict=True))
+        for name, both in costs.items()
+    }
+    torch_wall, torch_cpu = medians["import torch"]
     results = CHECKOUT / "tests" / "benchmarks" / "results" / "start.csv"
     with results.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["command", "median_s", "over_torch_s", "runs", "torch", "cores"])
-        print(f"{'command':42s} {'median s':>9s} {'over torch':>11s}")
-        for name, median in medians.items():
-            over = median - medians["import torch"]
-            print(f"{name:42s} {median:9.2f} {over:+11.2f}")
-            row = [name, f"{median:.3f}", f"{over:.3f}", options.runs]
-            writer.writerow([*row, torch.__version__, os.cpu_count()])
+        header = ["command", "wall_s", "wall_over_torch_s", "cpu_s", "cpu_over_torch_s"]
+        writer.writerow([*header, "runs", "torch", "cores"])
+        print(
+            f"{'command':40s} {'wall s':>7s} {'over torch':>11s} {'CPU s':>7s} {'over torch':>11s}"
+        )
+        for name, (wall, cpu) in medians.items():
+            values = [wall, wall - torch_wall, cpu, cpu - torch_cpu]
+            print("{:40s} {:7.2f} {:+11.2f} {:7.2f} {:+11.2f}".format(name, *values))
+            row = [name, *(f"{value:.3f}" for value in values)]
+            writer.writerow([*row, options.runs, torch.__version__, os.cpu_count()])
     print(f"written to {results}")
 
 
