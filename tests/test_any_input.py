@@ -17,7 +17,6 @@ from inference.object_prompts import BOX_KEYS
 from tests.npz_bytes import archive, npy
 from tests.phantoms import challenge_case, objects
 
-# Each was run with 20,000 examples once.
 QUICK = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
