@@ -82,20 +82,23 @@ class Window:
             An array of :attr:`size`: a view where the window lies inside the volume.
         """
         D, H, W = volume.shape
-        inside, _ = self.clip((D, H, W))
+        inside, outside = self.clip((D, H, W))
         part = volume[inside]
         if part.shape == self.size:
             return part
-        if edge:
+        if edge and part.size:
+            before = [place.start for place in outside]
+            widths = [(a, n - a - m) for a, n, m in zip(before, self.size, part.shape, strict=True)]
+            return np.pad(part, widths, mode="edge")
+        if edge:  # nothing of the volume in sight
             indices = (
                 np.clip(np.arange(a, b), 0, n - 1)
                 for a, b, n in zip(self.start, self.stop, volume.shape, strict=True)
             )
             cut: NDArray[np.generic] = volume[np.ix_(*indices)]
             return cut
-        _, place = self.clip((D, H, W))
         padded = np.zeros(self.size, volume.dtype)
-        padded[place] = part
+        padded[outside] = part
         return padded
 
 

@@ -128,20 +128,26 @@ def touched_faces(
     return tuple(faces)
 
 
-def fine_shape(window: Window, cells: int, multiple: int) -> Triple:
-    """Grid of the second pass: the volume's own resolution, or as near as ``cells`` cells allow.
+def fine_shape(window: Window, tile: int, tiles: int, multiple: int) -> Triple:
+    """Grid of the second pass: the volume's own resolution, or as near as ``tiles`` tiles allow.
 
-    No axis gets coarser than the window's own grid; every axis is a multiple of ``multiple``.
+    An axis of up to 1.25 tiles is squeezed into one, since a second tile would cost twice for
+    little. No axis gets coarser than the window's own grid; every axis is a multiple of
+    ``multiple``.
+
+    Args:
+        window: the region and the first pass's grid.
+        tile: edge of a tile in cells.
+        tiles: number of tiles to get along with, overlapping by a quarter.
+        multiple: of the network.
     """
+    step = tile * 3 // 4
     wanted = [max(n, s) for n, s in zip(window.shape, window.size, strict=True)]
-    for _ in range(3):  # axes that cannot shrink leave more to the others
-        excess = np.prod(wanted, dtype=float) / cells
-        free = [a for a in range(3) if wanted[a] > window.shape[a]]
-        if excess <= 1 or not free:
-            break
-        for a in free:
-            wanted[a] = max(window.shape[a], int(wanted[a] / excess ** (1 / len(free))))
-    z, y, x = (-(-n // multiple) * multiple for n in wanted)
+    counts = [1 + max(0, -(-(n - tile * 5 // 4) // step)) for n in wanted]
+    while np.prod(counts) > max(1, tiles):
+        counts[int(np.argmax(counts))] -= 1
+    most = [tile + step * (count - 1) for count in counts]
+    z, y, x = (-(-min(n, m) // multiple) * multiple for n, m in zip(wanted, most, strict=True))
     return z, y, x
 
 

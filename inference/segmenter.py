@@ -35,8 +35,8 @@ _BATCH = {"cpu": 8, "cuda": 32}  # windows a forward pass
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
 _TILE = 128  # cells, edge of a window of the second pass
-_FINE_CELLS = 4 * 128**3  # of one object's second pass at most
-_FINE_CELLS_PER_CASE = 100 * 128**3  # of all objects together, the challenge's time limit in view
+_TILES = 4  # of one object's second pass at most
+_TILES_PER_CASE = 100  # of all objects together, the challenge's time limit in view
 _GROWTHS_WITH_BOX = 2
 _GROWTHS_WITHOUT_BOX = 6
 
@@ -116,13 +116,13 @@ class Segmenter:
             raise ValueError("no image is set; call set_image first")
         batch = _BATCH[self.device.type]
         wanted = [o for o in objects if not o.is_empty]
-        cells = min(_FINE_CELLS, _FINE_CELLS_PER_CASE // max(1, len(wanted)))
+        tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
         for i in range(0, len(wanted), batch):
             looks = [self._begin(prompts, previous) for prompts in wanted[i : i + batch]]
             if self._refiner is not None:
                 self._look(self._refiner, looks, previous)
             for look in looks:
-                yield self._finish(look, cells)
+                yield self._finish(look, tiles)
 
     def _begin(self, prompts: ObjectPrompts, previous: NDArray[np.uint8] | None) -> _Look:
         """Choose the first window and, where there is SAM-Med3D, ask it."""
@@ -233,12 +233,12 @@ class Segmenter:
         mask = resample(to_tensor(voxels, self.device), window.shape) > 0.5
         return mask.float() if bool(mask.any()) else None
 
-    def _finish(self, look: _Look, cells: int) -> ObjectLogits:
+    def _finish(self, look: _Look, tiles: int) -> ObjectLogits:
         """Second pass where the grid is coarser than the volume, then voxels."""
         assert look.logits is not None
         window, logits = look.window, look.logits
         if self._refiner is not None and max(window.cell) > _COARSE_CELL:
-            shape = fine_shape(window, cells, self._refiner.config.stride)
+            shape = fine_shape(window, _TILE, tiles, self._refiner.config.stride)
             if np.prod(shape) > 1.5 * np.prod(window.shape):
                 window, logits = self._second_pass(self._refiner, look, shape)
         return honour_clicks(

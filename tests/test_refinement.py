@@ -18,6 +18,7 @@ from inference.refinement import (
     merge,
     touched_faces,
 )
+from inference.sliding_window import tile_grid
 
 SHAPE = (12, 14, 16)
 GRID = (16, 16, 16)
@@ -130,16 +131,23 @@ def test_growing_reaches_the_whole_volume_and_stops() -> None:
     assert max(window.size) < 150
 
 
-@given(st.tuples(*[st.integers(1, 400)] * 3), st.sampled_from([64**3, 128**3, 4 * 128**3]))
+@given(st.tuples(*[st.integers(1, 700)] * 3), st.integers(0, 9))
 def test_the_fine_grid_is_never_coarser_and_keeps_its_budget(
-    size: tuple[int, int, int], cells: int
+    size: tuple[int, int, int], tiles: int
 ) -> None:
     window = Window((0, 0, 0), size, (64, 64, 64))
-    shape = fine_shape(window, cells, 16)
+    shape = fine_shape(window, 128, tiles, 16)
     assert all(n >= 64 and n % 16 == 0 for n in shape)
     assert all(n <= max(64, s) + 15 for n, s in zip(shape, size, strict=True))
-    # rounding up to multiples of 16 may add a quarter an axis at most
-    assert np.prod(shape) <= max(64**3, cells) * 1.25**3
+    z, y, x = (min(128, n) for n in shape)
+    assert len(tile_grid(shape, (z, y, x))) <= max(1, tiles)
+
+
+def test_the_fine_grid_is_the_volumes_own_where_tiles_allow() -> None:
+    window = Window((0, 0, 0), (96, 224, 70), (64, 64, 64))
+    assert fine_shape(window, 128, 4, 16) == (96, 224, 80)
+    assert fine_shape(window, 128, 1, 16) == (96, 128, 80)
+    assert fine_shape(Window((0, 0, 0), (160, 128, 64), (64,) * 3), 128, 4, 16) == (128, 128, 64)
 
 
 @given(st.data())

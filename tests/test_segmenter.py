@@ -192,7 +192,8 @@ def test_a_large_object_is_looked_at_again_at_the_volumes_resolution(
     config = RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)
     segmenter = _Threshold(Refiner(config))
     assert np.array_equal(segmenter.segment_case(case), truth)
-    monkeypatch.setattr("inference.segmenter._FINE_CELLS", 1)
+    monkeypatch.setattr("inference.segmenter._TILE", 32)
+    monkeypatch.setattr("inference.segmenter._TILES", 1)
     assert (segmenter.segment_case(case)[slit] == 0).mean() < 0.8
 
 

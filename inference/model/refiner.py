@@ -96,15 +96,8 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(y)))  # type: ignore[no-any-return]
 
 
-def fold(x: Tensor) -> Tensor:
-    """(B, C, 2d, 2h, 2w) -> (B, 8C, d, h, w): each 2^3 cube of cells becomes channels."""
-    B, C, D, H, W = x.shape
-    x = x.reshape(B, C, D // 2, 2, H // 2, 2, W // 2, 2)
-    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, 8 * C, D // 2, H // 2, W // 2)
-
-
 def unfold(x: Tensor) -> Tensor:
-    """(B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w), the inverse of :func:`fold`."""
+    """(B, 8C, d, h, w) -> (B, C, 2d, 2h, 2w): channels become a 2^3 cube of cells each."""
     B, C, D, H, W = x.shape
     x = x.reshape(B, C // 8, 2, 2, 2, D, H, W)
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, C // 8, 2 * D, 2 * H, 2 * W)
@@ -113,8 +106,8 @@ def unfold(x: Tensor) -> Tensor:
 class Refiner(nn.Module):
     """Residual U-Net over prompt channels.
 
-    Convolutions at full resolution with few channels starve a CPU, so the first layer folds 2^3
-    cells into channels and the last one unfolds them.
+    Convolutions at full resolution with few channels starve a CPU, so the first layer takes 2^3
+    cells at a time and the last one unfolds its channels to cells.
     """
 
     def __init__(self, config: RefinerConfig | None = None) -> None:
@@ -122,7 +115,7 @@ class Refiner(nn.Module):
         super().__init__()
         self.config = config or RefinerConfig()
         widths, blocks = self.config.channels, self.config.blocks
-        self.stem = nn.Conv3d(8 * len(CHANNELS), widths[0], 1)
+        self.stem = nn.Conv3d(len(CHANNELS), widths[0], 2, stride=2)
         self.down = nn.ModuleList(
             nn.Conv3d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths)
         )
@@ -163,7 +156,7 @@ class Refiner(nn.Module):
             raise ValueError(
                 f"refiner received {tuple(channels.shape[2:])}; accepted: multiples of {stride}"
             )
-        x = self.stem(fold(channels))
+        x = self.stem(channels)
         skips = []
         for level, blocks in enumerate(self.encoder):
             if level:
