@@ -48,10 +48,18 @@ class PromptEncoder(nn.Module):
         grid: edge g of the image embedding in tokens; a previous mask has edge 4 g.
         mask_channels: channels of the mask branch, a multiple of 4.
         dense_grid: how the dense grid of positions lies.
+        boxes: whether there are embeddings of the corners of boxes.
     """
 
     def __init__(
-        self, *, width: int, image_size: int, grid: int, mask_channels: int, dense_grid: DenseGrid
+        self,
+        *,
+        width: int,
+        image_size: int,
+        grid: int,
+        mask_channels: int,
+        dense_grid: DenseGrid,
+        boxes: bool,
     ) -> None:
         super().__init__()
         self.image_size = image_size
@@ -59,7 +67,8 @@ class PromptEncoder(nn.Module):
         self.dense_grid: DenseGrid = dense_grid
         self.pe_layer = PositionEncoding(width // 3)
         # Background point, foreground point, first and last corner of a box.
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, width) for _ in range(4))
+        kinds = 4 if boxes else 2
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, width) for _ in range(kinds))
         self.not_a_point_embed = nn.Embedding(1, width)
         self.mask_downscaling = nn.Sequential(
             nn.Conv3d(1, mask_channels // 4, kernel_size=2, stride=2),
@@ -135,6 +144,8 @@ class PromptEncoder(nn.Module):
                 )
             sizes.add(coords.shape[0])
         if boxes is not None:
+            if len(self.point_embeddings) < 4:
+                raise ValueError("a box: this network has learnt points and masks only")
             if boxes.ndim != 2 or boxes.shape[1] != 6:
                 raise ValueError(f"boxes of shape {tuple(boxes.shape)}: they must be (B, 6)")
             sizes.add(boxes.shape[0])

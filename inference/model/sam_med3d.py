@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from inference.model.image_encoder import ImageEncoder
 from inference.model.mask_decoder import MaskDecoder
@@ -44,6 +45,8 @@ class SamMed3DConfig:
         mask_in_chans: channels of the previous mask's branch.
         relative_positions: ``"public"`` or ``"aligned"``.
         dense_grid: ``"public"`` or ``"aligned"``.
+        boxes: whether there are embeddings of box corners. Upstream's code has come with and
+            without them.
         windows: what the network was trained to see: ``"1.5mm"``, cubes of 1.5 mm a voxel about
             the object, as public checkpoints, or ``"box"``, the object's region of interest.
 
@@ -62,6 +65,7 @@ class SamMed3DConfig:
     mask_in_chans: int = 16
     relative_positions: Axes = "public"
     dense_grid: DenseGrid = "public"
+    boxes: bool = True
     windows: Windows = "1.5mm"
 
     def __post_init__(self) -> None:
@@ -74,10 +78,10 @@ class SamMed3DConfig:
         }
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("global_blocks", "relative_positions", "dense_grid", "windows"):
-                continue
-            if type(value) is not int or value < 1:
+            if field.type == "int" and (type(value) is not int or value < 1):
                 raise ValueError(f"{field.name} is {value!r}: it must be a positive integer")
+        if type(self.boxes) is not bool:
+            raise ValueError(f"boxes is {self.boxes!r}: it must be True or False")
         for name, factor in multiples.items():
             if getattr(self, name) % factor:
                 raise ValueError(f"{name} is {getattr(self, name)}: not a multiple of {factor}")
@@ -148,6 +152,7 @@ class SamMed3D(nn.Module):
             grid=grid,
             mask_channels=config.mask_in_chans,
             dense_grid=config.dense_grid,
+            boxes=config.boxes,
         )
         self.mask_decoder = MaskDecoder(config.prompt_width)
 
@@ -189,7 +194,7 @@ class SamMed3D(nn.Module):
             embedding: (B or 1, C, g, g, g) from ``encode_image``.
             points: coordinates (B, N, 3) and labels (B, N): 1 object, 0 background, -1 filler.
             boxes: (B, 6) first and last voxel inside, (z0, y0, x0, z1, y1, x1) for a (z, y, x)
-                window.
+                window; only where ``config.boxes``.
             masks: (B, 1, S/4, S/4, S/4) logits of the previous ``decode``.
             multimask_output: three masks for an ambiguous prompt instead of one.
 
@@ -210,6 +215,25 @@ class SamMed3D(nn.Module):
             multimask_output=multimask_output,
         )
         return masks, iou
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Leaves out random initialisation, of tensors that are replaced anyway.
+
+    On the meta device it would compute nothing, but import SymPy, which takes a second.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **kwargs)
 
 
 def build_sam_med3d(
@@ -234,7 +258,7 @@ def build_sam_med3d(
         config = CONFIGS[config]
     if state is None:
         return SamMed3D(config)
-    with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
+    with torch.device("meta"), _NoRandomNumbers():
         model = SamMed3D(config)
     load_state(model, state, source)
     return model
@@ -244,7 +268,7 @@ def load_sam_med3d(path: Path) -> SamMed3D:
     """Load a network, in evaluation mode, from a public checkpoint, our own file or a bundle.
 
     The configuration is the one in the file's metadata under ``"sam"``. A public checkpoint has
-    none; it is recognised by its width.
+    none; it is recognised by its width, and by whether it has embeddings of box corners.
 
     Args:
         path: ``.safetensors``, ``.pth`` or ``.pt``; in a bundle, the tensors under ``sam.``.
@@ -258,8 +282,11 @@ def load_sam_med3d(path: Path) -> SamMed3D:
     if "sam" in metadata:
         config = SamMed3DConfig.from_json(metadata["sam"])
     elif "image_encoder.pos_embed" in state:
-        width = state["image_encoder.pos_embed"].shape[-1]
-        config = next((c for c in CONFIGS.values() if c.embed_dim == width), None)
+        width = state["image_encoder.pos_embed"].shape[-1:]
+        boxes = "prompt_encoder.point_embeddings.2.weight" in state
+        for known in CONFIGS.values():
+            if width == (known.embed_dim,):
+                config = dataclasses.replace(known, boxes=boxes)
     if config is None:
         raise ValueError(
             f"{path}: not SAM-Med3D weights: neither a configuration 'sam' in its metadata nor an "

@@ -26,10 +26,10 @@ WEIGHTS_DIR = Path(__file__).resolve().parents[2] / "weights"
 
 #: Public checkpoints of SAM-Med3D (Hugging Face, blueyo0/SAM-Med3D, about 402 MB each).
 PUBLIC = {
-    "sam_med3d_turbo": "trained on 245 datasets, 1.5 mm windows",
-    "sam_med3d_turbo_bbox_init": "turbo, prepared for a first click from a box",
-    "sam_med3d_turbo_cvpr_coreset": "fine-tuned on a tenth of the CVPR 2025 challenge's data",
-    "sam_med3d_turbo_cvpr_alldata": "fine-tuned on all of the CVPR 2025 challenge's data",
+    "sam_med3d_turbo": "the authors' large collection, 1.5 mm",
+    "sam_med3d_turbo_bbox_init": "turbo, prepared for a first click out of a box",
+    "sam_med3d_turbo_cvpr_coreset": "a tenth of the CVPR 2025 challenge's data",
+    "sam_med3d_turbo_cvpr_alldata": "all of the CVPR 2025 challenge's data",
 }
 
 _SUMS = "SHA256SUMS"

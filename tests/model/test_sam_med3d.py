@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from inference.model.sam_med3d import (
     load_sam_med3d,
 )
 from inference.model.weights import save_weights
+from tests.conftest import CHECKOUT
 
 TOLERANCE = 1e-4
 TINY = SamMed3DConfig(
@@ -273,6 +277,8 @@ def test_prompts_that_are_refused(
         ({"global_blocks": (12,)}, "blocks are 0..11"),
         ({"relative_positions": "wrong"}, "relative_positions is 'wrong'"),
         ({"dense_grid": "wrong"}, "dense_grid is 'wrong'"),
+        ({"boxes": 1}, "boxes is 1"),
+        ({"embed_dim": True}, "embed_dim is True"),
     ],
 )
 def test_configurations_that_are_refused(change: dict[str, object], message: str) -> None:
@@ -310,12 +316,26 @@ def test_loading_from_a_bundle(small: SamMed3D, tmp_path: Path) -> None:
         assert torch.equal(model.encode_image(image), small.encode_image(image))
 
 
-def test_a_public_checkpoint_is_known_by_its_width(tmp_path: Path) -> None:
+@pytest.mark.parametrize("boxes", [True, False])
+def test_a_public_checkpoint_is_known_by_its_shapes(tmp_path: Path, boxes: bool) -> None:
     with torch.device("meta"):
         state = build_sam_med3d("vit_b_384").state_dict()
     zeros = {name: torch.zeros(1).expand(tensor.shape) for name, tensor in state.items()}
+    if not boxes:
+        del zeros["prompt_encoder.point_embeddings.2.weight"]
+        del zeros["prompt_encoder.point_embeddings.3.weight"]
     torch.save({"model_state_dict": zeros, "epoch": 3}, tmp_path / "public.pth")
-    assert load_sam_med3d(tmp_path / "public.pth").config == CONFIGS["vit_b_384"]
+    model = load_sam_med3d(tmp_path / "public.pth")
+    assert model.config == dataclasses.replace(CONFIGS["vit_b_384"], boxes=boxes)
+
+
+def test_a_network_without_box_corners() -> None:
+    model = build_sam_med3d(dataclasses.replace(SMALL, boxes=False))
+    embedding = torch.zeros(1, 48, 4, 4, 4)
+    with torch.no_grad():
+        assert model.decode(embedding, points(1, 2))[0].shape == (1, 1, 16, 16, 16)
+    with pytest.raises(ValueError, match="points and masks only"):
+        model.decode(embedding, boxes=torch.zeros(1, 6))
 
 
 def test_other_weights_are_refused(small: SamMed3D, tmp_path: Path) -> None:
@@ -324,3 +344,28 @@ def test_other_weights_are_refused(small: SamMed3D, tmp_path: Path) -> None:
         save_weights(path, tensors, {})
         with pytest.raises(ValueError, match="not SAM-Med3D weights"):
             load_sam_med3d(path)
+
+
+def test_loading_imports_nothing_more(small: SamMed3D, tmp_path: Path) -> None:
+    """A cold start does not pay for PyTorch's compiler or SymPy (a second)."""
+    path = tmp_path / "small.safetensors"
+    save_weights(path, small.state_dict(), {"sam": SMALL.to_json()})
+    code = (
+        "import sys, torch, pathlib; before = set(sys.modules)\n"
+        "from inference.model.sam_med3d import load_sam_med3d\n"
+        "model = load_sam_med3d(pathlib.Path(sys.argv[1]))\n"
+        "with torch.inference_mode():\n"
+        "    model.decode(model.encode_image(torch.zeros(1, 1, 32, 32, 32)))\n"
+        "new = set(sys.modules) - before\n"
+        "print(*sorted({name.split('.')[0] for name in new} | (new & {'torch._dynamo'})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = set(done.stdout.split())
+    assert {"inference", "safetensors"} <= modules
+    assert not modules & {"sympy", "torch._dynamo", "urllib", "ssl"}
