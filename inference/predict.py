@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from inference.case import Case
     from inference.segmenter import Segmenter
 
-DEFAULT_WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "default.safetensors"
-
 ALL_WRITTEN, SOME_FAILED, NOT_STARTED = 0, 1, 2
 
 
@@ -50,12 +48,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--weights",
-        type=Path,
         metavar="FILE",
-        help="our bundle: the refiner, and SAM-Med3D where it has one (default: what ships)",
+        help="our bundle: the refiner, and SAM-Med3D where it has one; a file, or the name of one "
+        "in weights/ (default: default)",
     )
     parser.add_argument(
-        "--sam", type=Path, metavar="FILE", help="a SAM-Med3D checkpoint as the coarse stage"
+        "--sam",
+        metavar="FILE",
+        help="a SAM-Med3D checkpoint as the coarse stage; a file, or the name of one in weights/",
     )
     parser.add_argument(
         "--refiner",
@@ -143,28 +143,33 @@ def _prepare_folder(folder: Path, inputs: Path) -> None:
 
 
 def _build_segmenter(options: argparse.Namespace) -> Segmenter:
-    refiner = options.refiner == "on"
-    weights: Path | None = options.weights
-    if weights is None and not (options.sam is not None and not refiner):
-        weights = DEFAULT_WEIGHTS
-    for file in (weights, options.sam):
-        if file is not None and not file.is_file():
-            raise StartError(f"weights file {file}: no such file")
-
     import torch
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise StartError("--device cuda: torch finds no CUDA device here; accepted: auto or cpu")
 
     from inference.segmenter import Segmenter
 
     try:
         return Segmenter.from_files(
-            weights, sam=options.sam, refiner=refiner, device=options.device
+            _find_weights(options.weights),
+            sam=_find_weights(options.sam),
+            refiner=options.refiner == "on",
+            device=options.device,
         )
     except Exception as error:
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         raise StartError(kind + " ".join(str(error).split())) from error
+
+
+def _find_weights(name: str | None) -> Path | None:
+    if name is None:
+        return None
+    from inference.model.weights import find_weights
+
+    return find_weights(name)
 
 
 def _segment_file(path: Path, segmenter: Segmenter, options: argparse.Namespace) -> str:

@@ -54,14 +54,11 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(monkeypatch, tmp_path: Path) -> StandIn:
+def stand_in(monkeypatch) -> StandIn:
     stand_in = StandIn()
     module = types.ModuleType("inference.segmenter")
     module.Segmenter = stand_in  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "inference.segmenter", module)
-    weights = tmp_path / "default.safetensors"
-    weights.touch()
-    monkeypatch.setattr(predict, "DEFAULT_WEIGHTS", weights)
     return stand_in
 
 
@@ -167,14 +164,13 @@ def test_options_reach_the_segmenter(stand_in, run, tmp_path):
     sam, weights = tmp_path / "sam.pth", tmp_path / "ours.safetensors"
     sam.touch()
     weights.touch()
-    default = predict.DEFAULT_WEIGHTS
     threads = torch.get_num_threads()
     try:
         assert run("--threads", "1", "--device", "cpu")[0] == 0
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
-    expected = {"weights": default, "sam": None, "refiner": True, "device": "cpu"}
+    expected = {"weights": None, "sam": None, "refiner": True, "device": "cpu"}
     assert stand_in.received == expected
     assert run("--sam", str(sam), "--weights", str(weights))[0] == 0
     expected = {"weights": weights, "sam": sam, "refiner": True, "device": "auto"}
@@ -231,7 +227,12 @@ class TestNothingCanStart:
     @pytest.mark.parametrize("option", ["--weights", "--sam"])
     def test_weights_are_not_there(self, stand_in, run, tmp_path, option):
         write_case(tmp_path / "in", "CT_a.npz")
-        self.check(run(option, "absent.pth"), "absent.pth", "no such file")
+        self.check(run(option, "absent.pth"), "no weights 'absent.pth'")
+
+    def test_there_is_no_cuda(self, stand_in, run, tmp_path, monkeypatch):
+        write_case(tmp_path / "in", "CT_a.npz")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        self.check(run("--device", "cuda"), "no CUDA device")
 
     @pytest.mark.parametrize(
         ("fault", "words"),
@@ -309,9 +310,7 @@ PROCESS = """
 
 @contextmanager
 def process(tmp_path: Path, hang: bool) -> Iterator[subprocess.Popen[str]]:
-    weights = tmp_path / "weights.safetensors"
-    weights.touch()
-    folders = ["--inputs", tmp_path / "in", "--outputs", tmp_path / "out", "--weights", weights]
+    folders = ["--inputs", tmp_path / "in", "--outputs", tmp_path / "out"]
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PROCESS).format(hang=hang), *folders],
         cwd=CHECKOUT,

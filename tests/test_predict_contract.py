@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inference.predict import DEFAULT_WEIGHTS, parse_arguments
+from inference.model.weights import WEIGHTS_DIR
+from inference.predict import parse_arguments
 from tests.phantoms import challenge_case, write_npz
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -109,8 +110,8 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     """One run over all variants: read-only inputs, outputs of another user, a foreign folder."""
-    if not DEFAULT_WEIGHTS.is_file():
-        pytest.skip(f"no default weights at {DEFAULT_WEIGHTS}")
+    if not (WEIGHTS_DIR / "default.safetensors").is_file():
+        pytest.skip(f"no default weights in {WEIGHTS_DIR}")
     command = without_privileges()
     folder = tmp_path_factory.mktemp("contract")
     inputs, outputs = folder / "inputs", folder / "outputs"
@@ -173,14 +174,12 @@ def test_bright_ellipsoids_in_boxes_are_found(run: Run):
 
 def test_outputs_that_cannot_be_written(tmp_path: Path):
     command = without_privileges()
-    weights = tmp_path / "weights.safetensors"
-    weights.touch()
     inputs, outputs = tmp_path / "inputs", tmp_path / "outputs"
     inputs.mkdir()
     write_npz(inputs / "CT_a.npz", challenge_case())
     outputs.mkdir()
     outputs.chmod(0o555)
-    folders = ("--inputs", inputs, "--outputs", outputs, "--weights", weights)
+    folders = ("--inputs", inputs, "--outputs", outputs)
     done = predict_sh(*folders, cwd=tmp_path, command=command)
     assert done.returncode == 2
     assert done.stdout == ""
