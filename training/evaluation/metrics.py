@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Scores:
 def dice(mask: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     """Dice similarity coefficient of two masks of one shape, 0..1; NaN where both are empty."""
     total = np.count_nonzero(mask) + np.count_nonzero(other)
-    return 2 * np.count_nonzero(mask & other) / total if total else float("nan")
+    return float(2 * np.count_nonzero(mask & other) / total) if total else math.nan
 
 
 def normalised_surface_distance(
@@ -115,7 +116,7 @@ def _class_dice(reference: LabelMap, prediction: LabelMap, label: int) -> float:
         inside &= reference.voxels[both] == label
         common = np.count_nonzero(inside)
     total = _volume(reference, label, ours) + _volume(prediction, label, theirs)
-    return 2 * common / total
+    return float(2 * common / total)
 
 
 def _volume(labels: LabelMap, label: int, box: Crop | None) -> int:
