@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from inference.npz import NpzError, NpzFile, one_line
 from inference.object_prompts import (
     BOX_KEYS,
+    MAX_CLICKS,
     Box,
     Click,
     ObjectPrompts,
@@ -37,9 +38,6 @@ MAX_CLASSES = 255
 
 MAX_VOXELS = 1 << 30
 """Largest image read, 1024^3: its label maps alone take 1 GiB each."""
-
-MAX_CLICKS = 10_000
-"""Most clicks of one case, eight times five rounds of 255 classes."""
 
 _MAX_INTENSITY = 1e12  # beyond it squares and their sums overflow float32
 _SPACING_RANGE_MM = (1e-6, 1e6)  # a nanometre to a kilometre
@@ -232,7 +230,7 @@ class _Reader:
         found = entries(stored)
         if found is None:
             raise self.error(f"{key} of type {brief(stored)}", accepted)
-        return found
+        return list(found)
 
     def _orders(self, classes: int) -> list[Any]:
         stored = self.arrays.get("clicks_order")
@@ -243,7 +241,7 @@ class _Reader:
             count = brief(stored) if found is None else f"for {len(found)} classes"
             self.notes.append(f"clicks_order is {count}, not for {classes} classes: left out.")
             return [None] * classes
-        return found
+        return list(found)
 
     def _about(self, label: int) -> Callable[[str], None]:
         return lambda sentence: self.notes.append(f"class {label}: {sentence}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 BOX_KEYS = ("z_min", "z_max", "z_mid_y_min", "z_mid_y_max", "z_mid_x_min", "z_mid_x_max")
 """What a stored box must hold, in (z, y, x); ``z_mid`` can be made up for."""
 
+
+MAX_CLICKS = 10_000
+"""Most clicks of one case, eight times five rounds of 255 classes."""
 
 _SCALARS = (bool, int, float, str, bytes, np.generic)
 
@@ -113,9 +116,9 @@ def read_box(entry: object, shape: tuple[int, ...], say: Callable[[str], None]) 
 def stored_box(mask: NDArray[np.bool_], padding: tuple[int, int] = (0, 0)) -> dict[str, int]:
     """The dict of closed intervals that the challenge stores for an object.
 
-    The organisers' rule: z exact; ``z_mid`` the slice of the middle voxel, all voxels counted slice
-    by slice; in y and x the rectangle of that slice, padded. They draw one ``shift`` in 0..5 an
-    object and pad by ``int(shift * size / 256)``.
+    The organisers' rule (get_boxes.py of JunMa11/CVPR-MedSegFMCompetition): z exact; ``z_mid`` the
+    middle of the slices that hold the object; in y and x the rectangle of that slice, padded. They
+    draw one ``shift`` in 0..5 an object and pad by ``int(shift * size / 256)``.
 
     Args:
         mask: (D, H, W), not empty.
@@ -124,11 +127,10 @@ def stored_box(mask: NDArray[np.bool_], padding: tuple[int, int] = (0, 0)) -> di
     Raises:
         ValueError: if the mask is empty.
     """
-    counts = np.count_nonzero(mask, axis=(1, 2)).cumsum()
-    if counts[-1] == 0:
+    z = np.flatnonzero(mask.any(axis=(1, 2)))
+    if not z.size:
         raise ValueError("received an empty mask; accepted: a mask with at least one voxel")
-    middle = int(np.searchsorted(counts, counts[-1] // 2, side="right"))
-    z = np.flatnonzero(np.diff(counts, prepend=0))
+    middle = int(z[len(z) // 2])
     y, x = (np.flatnonzero(mask[middle].any(axis=axis)) for axis in (1, 0))
     _, height, width = mask.shape
     return {
@@ -150,12 +152,12 @@ def stored_clicks(entry: object, say: Callable[[str], None]) -> tuple[Sequence[A
     if fields is None or (fields and "fg" not in fields and "bg" not in fields):
         say(f"clicks without fg and bg ({brief(entry)}): left out")
         return [], []
-    sides = []
+    sides: list[Sequence[Any]] = []
     for side in ("fg", "bg"):
         positions = [] if fields.get(side) is None else entries(fields[side])
         if positions is None:
             say(f"clicks {side} is no list ({brief(fields[side])}): left out")
-        sides.append(positions or [])
+        sides.append([] if positions is None else positions)
     return sides[0], sides[1]
 
 
@@ -193,11 +195,12 @@ def read_clicks(
     unreadable = rounded = 0
     outside = []
     for stored, positive in ordered:
-        numbers = [number(value) for value in entries(stored) or ()]
-        if len(numbers) != 3 or None in numbers:
+        values = entries(stored)
+        numbers = [] if values is None or len(values) != 3 else [number(v) for v in values]
+        if not numbers or None in numbers:
             unreadable += 1
             continue
-        z, y, x = (_voxel(value) for value in numbers if value is not None)
+        z, y, x = (_voxel(v) for v in numbers if v is not None)
         if all(0 <= index < size for index, size in zip((z, y, x), shape, strict=True)):
             clicks.append(Click((z, y, x), positive))
             rounded += [z, y, x] != numbers
@@ -206,22 +209,25 @@ def read_clicks(
     if unreadable:
         say(f"{unreadable} clicks without three finite coordinates were left out")
     if outside:
-        say(f"{len(outside)} clicks outside the volume were left out, {outside[0]} first")
+        say(f"{len(outside)} clicks outside the volume were left out, {brief(outside[0])} first")
     if rounded:
         say(f"{rounded} clicks were rounded to whole voxels")
     return tuple(clicks)
 
 
-def entries(value: object) -> list[Any] | None:
-    """The entries of a stored list, tuple or array; None where it is nothing of the kind.
+def entries(value: object) -> Sequence[Any] | None:
+    """A stored list, tuple or array as a sequence; None where it is nothing of the kind.
 
     An array of no dimension stands for the object in it, and a dict for a list of that dict.
+    Nothing is copied: a pickle may refer to one long list many times.
     """
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
-    if isinstance(value, np.ndarray | list | tuple):
-        return list(value) if not isinstance(value, np.ndarray) or value.ndim else None
-    return [value] if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        return [value]
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
+        return cast(Sequence[Any], value)
+    return None
 
 
 def number(value: object) -> float | None:
@@ -252,21 +258,24 @@ def brief(value: object) -> str:
     )
 
 
-def _fields(entry: object) -> dict[Any, Any] | None:
+def _fields(entry: object) -> Mapping[Any, Any] | None:
     """The entry's named values: of a dict, or of a record of a structured array."""
     if isinstance(entry, np.ndarray) and entry.ndim == 0:
         entry = entry.item() if entry.dtype.names is None else entry[()]
     if isinstance(entry, np.void) and entry.dtype.names:
         return {name: entry[name] for name in entry.dtype.names}
-    return dict(entry) if isinstance(entry, Mapping) else None
+    return entry if isinstance(entry, Mapping) else None
 
 
 def _order_tokens(order: object) -> list[str]:
     """The named rounds of one class; rounds without a click are None or empty and fall out."""
-    if isinstance(order, str | bytes):
-        order = [order]
-    tokens = (t.decode("latin1") if isinstance(t, bytes) else t for t in entries(order) or ())
-    return [t if isinstance(t, str) else brief(t) for t in tokens if t is not None and t != ""]
+    values = [order] if isinstance(order, str | bytes) else entries(order)
+    tokens = []
+    for value in values[:MAX_CLICKS] if values is not None else ():
+        token = value.decode("latin1") if isinstance(value, bytes) else value
+        if token is not None and not (isinstance(token, str) and not token):
+            tokens.append(token if isinstance(token, str) else brief(token))
+    return tokens
 
 
 def _voxel(coordinate: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +104,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str, str]] = {
     "every click outside": (
         no_prompt(clicks=objects({"fg": [[99, 0, 0]]})),
         "1 classes without a usable box or click "
-        "(class 1: 1 clicks outside the volume were left out, (99, 0, 0) first.)",
+        "(class 1: 1 clicks outside the volume were left out, [99, 0, 0] first.)",
         SOMETHING,
     ),
     "every list of clicks empty": (
@@ -278,8 +279,13 @@ def test_bad_files_are_refused(tmp_path: Path, name: str) -> None:
     data, received = BAD_FILES[name]
     path = tmp_path / "MR_3.npz"
     path.write_bytes(data)
-    with pytest.raises(CaseError) as caught:
-        load_case(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(CaseError) as caught:
+            load_case(path)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # whatever sizes the file claims
+    finally:
+        tracemalloc.stop()
     message = str(caught.value)
     assert message.startswith(f"MR_3.npz: received {received}")
     assert message.endswith(

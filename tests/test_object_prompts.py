@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -157,7 +159,7 @@ CLICKS: dict[str, tuple[Any, tuple[tuple[tuple[int, int, int], bool], ...], list
     "outside": (
         {"fg": [[10, 0, 0], [1, 2, 3], [0, -1, 0], [0, 0, 30]]},
         (((1, 2, 3), True),),
-        ["3 clicks outside the volume were left out, (10, 0, 0) first"],
+        ["3 clicks outside the volume were left out, [10, 0, 0] first"],
     ),
     "fractions": (
         {"fg": [[0.5, 1.49, 3]], "bg": [[-0.5, 0, 0]]},
@@ -187,6 +189,11 @@ ORDERS: list[tuple[Any, list[int], str | None]] = [
     (["bg"], [8, 1, 2, 9], "clicks_order ['bg'] contradicts 2 fg and 2 bg clicks"),
     (["bg", "fg", "fg", "fg"], [8, 1, 2, 9], "clicks_order ['bg', 'fg', 'fg', 'fg'] contradicts"),
     (["bg", "zz"], [8, 1, 2, 9], "clicks_order ['bg', 'zz'] contradicts 2 fg and 2 bg clicks"),
+    (
+        [np.zeros(2), np.array(None)],
+        [1, 2, 8, 9],
+        "clicks_order ['[0.0, 0.0]', 'array of object ()'] contradicts 2 fg",
+    ),
     ([3, [4]], [1, 2, 8, 9], "clicks_order ['3', '[4]'] contradicts 2 fg and 2 bg clicks"),
     (["fg"] * 9, [1, 2, 8, 9], "clicks_order ['fg', 'fg', 'fg', 'fg', 'fg', ...] contradicts"),
 ]
@@ -223,13 +230,13 @@ def test_a_consistent_order_is_followed(kinds: list[bool]) -> None:
 
 def literal_box(mask: np.ndarray[Any, Any], padding: tuple[int, int]) -> dict[str, int]:
     """The organisers' rule, step by step over every voxel of the object."""
-    zs, _, _ = np.where(mask)
-    middle = int(zs[len(zs) // 2])
+    zs = sorted({int(z) for z in np.where(mask)[0]})
+    middle = zs[len(zs) // 2]
     ys, xs = np.where(mask[middle])
     _, height, width = mask.shape
     return {
-        "z_min": int(min(zs)),
-        "z_max": int(max(zs)),
+        "z_min": zs[0],
+        "z_max": zs[-1],
         "z_mid": middle,
         "z_mid_y_min": max(0, int(min(ys)) - padding[0]),
         "z_mid_y_max": min(height - 1, int(max(ys)) + padding[0]),
@@ -273,6 +280,23 @@ def test_lists_that_hold_themselves_are_survived() -> None:
         brief(thing)
     assert entries(array) is None
     assert said
+
+
+def test_one_long_list_referred_to_often_is_not_walked() -> None:
+    """A small pickle can say this; copying or walking it every time would take gigabytes, hours."""
+    long: list[Any] = [0] * 300_000
+    entry = {"fg": long, "bg": np.zeros((100_000, 3))}
+    position = {"fg": [long] * 1000, "bg": []}
+    said: list[str] = []
+    tracemalloc.start()
+    kept = [stored_clicks(entry, said.append) for _ in range(255)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(kept[0][0]) == 300_000 and peak < 1_000_000
+    started = time.process_time()
+    sides = stored_clicks(position, said.append)
+    assert read_clicks(*sides, long, SHAPE, said.append) == ()
+    assert time.process_time() - started < 0.5
 
 
 def test_numbers() -> None:

@@ -42,3 +42,19 @@ def test_bone_is_bright_and_head_is_up() -> None:
 
 def test_it_is_small() -> None:
     assert SAMPLE.stat().st_size < 2_000_000
+
+
+def test_real_cases_load_without_notes(shared_data: Path) -> None:
+    """And their boxes are ``stored_box`` of their labels, with a padding the rule allows."""
+    paths = sorted((shared_data / "val").glob("*.npz"))
+    assert paths
+    for path in paths:
+        case = load_case(path)
+        assert case.notes == ()
+        with NpzFile(path) as arrays:
+            labels, boxes = arrays["gts"], arrays["boxes"]
+        assert len(case.objects) == len(boxes) == labels.max()
+        paddings = [tuple(int(shift * n / 256) for n in labels.shape[1:]) for shift in range(6)]
+        for label, box in enumerate(boxes[:5], start=1):
+            mask = labels == label
+            assert any(stored_box(mask, (y, x)) == box for y, x in paddings), (path.name, label)

@@ -30,10 +30,9 @@ HERE = Path(__file__).resolve().parent
 KEYS = ("imgs", "spacing", "boxes", "clicks", "clicks_order", "prev_pred")
 
 
-def read_with_numpy(path: Path) -> None:
+def read_with_numpy(path: Path) -> dict[str, object]:
     with np.load(path, allow_pickle=True) as arrays:
-        for key in KEYS:
-            arrays[key]
+        return {key: arrays[key] for key in KEYS}
 
 
 def actions(folder: Path) -> dict[str, Callable[[], object]]:
@@ -98,9 +97,7 @@ def main() -> int:
     rows = []
     text = "x".join(map(str, shape))
     print(f"{text}, {options.classes} classes; imgs and prev_pred of {size / 1e6:.0f} MB each")
-    print(
-        f"{'':12s} {'wall s':>7s} {'CPU s':>7s} {'numpy / it':>11s} {'peak MB':>8s} {'file MB':>8s}"
-    )
+    print(f"{'':12s}  wall s   CPU s  numpy / it  peak MB  file MB")
     for action, (wall, cpu, peak, file_bytes) in found.items():
         reference = found.get(f"{action.split()[0]} numpy", (0.0, 0.0))[1]
         ratio = f"{reference / cpu:.2f}" if reference else ""
