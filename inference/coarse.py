@@ -8,6 +8,7 @@ from torch import Tensor
 from inference.case import ObjectPrompts
 from inference.geometry import Triple, Window
 from inference.model.sam_med3d import SamMed3D
+from inference.precision import autocast
 from inference.resampling import resample
 
 _SPACING_MM = 1.5  # of the windows that public checkpoints were trained on
@@ -78,7 +79,7 @@ class CoarseStage:
         if previous is not None:
             small = resample(previous, (low[0], low[1], low[2]))
             masks = (_MASK_LOGIT * (2 * small - 1))[None]
-        with torch.inference_mode(), torch.autocast(image.device.type, torch.bfloat16):
+        with torch.inference_mode(), autocast(image.device):
             embedding = self._model.encode_image(_normalise(image)[None])
             coarse, _ = self._model.decode(
                 embedding, points if places else None, boxes=boxes, masks=masks

@@ -15,6 +15,8 @@ from inference.geometry import Triple, Window, window_around
 BOX_SCALE = 1.8
 #: A region grows by this factor while the prediction touches its border (nnInteractive's AutoZoom).
 ZOOM = 1.5
+#: Edges of the first looks for an object of unknown size, in longest edges of the volume.
+FIRST_LOOKS = (0.18, 0.3, 0.5, 0.9)
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 _SURE = 100.0  # a click outvotes every network; newer clicks a little more
 
@@ -49,45 +51,46 @@ def bounding_box(mask: NDArray[np.bool_]) -> tuple[Triple, Triple] | None:
     return (low[0], low[1], low[2]), (high[0], high[1], high[2])
 
 
-def first_window(
+def first_windows(
     prompts: ObjectPrompts,
     previous: tuple[Triple, Triple] | None,
     volume: Triple,
     spacing_mm: tuple[float, float, float],
     shape: Triple,
-) -> Window:
-    """The window an object is first looked for in.
+) -> list[Window]:
+    """The windows an object is first looked for in.
 
-    With a box: 1.8 x the box. Without one: 1.8 x the previous mask, or, where there is none, a cube
-    about the clicks whose edge is a quarter of the volume's longest edge in millimetres (it grows
-    if it was too small). All clicks and the previous mask lie inside.
+    With a box: 1.8 x the box. Without one: 1.8 x the previous mask. Where there is none either the
+    size of the object is unknown: cubes about the clicks, their edges a tenth to nine tenths of
+    the volume's longest edge in millimetres. All clicks and the previous mask lie inside.
 
     Args:
         prompts: of the object; not empty.
         previous: bounding box of the object's previous mask, or None.
         volume: size of the volume.
         spacing_mm: (z, y, x).
-        shape: cells of the window.
+        shape: cells of a window.
     """
     points = [(click.position, tuple(p + 1 for p in click.position)) for click in prompts.clicks]
+    positive = [p for p, c in zip(points, prompts.clicks, strict=True) if c.positive]
     if prompts.box is not None:
-        window = window_around(prompts.box.start, prompts.box.stop, shape, spacing_mm, BOX_SCALE)
+        box = prompts.box
+        windows = [window_around(box.start, box.stop, shape, spacing_mm, BOX_SCALE)]
     elif previous is not None:
-        positive = [p for p, c in zip(points, prompts.clicks, strict=True) if c.positive]
-        window = window_around(*_hull([previous, *positive]), shape, spacing_mm, BOX_SCALE)
+        windows = [window_around(*_hull([previous, *positive]), shape, spacing_mm, BOX_SCALE)]
     else:
-        low, high = _hull(
-            [p for p, c in zip(points, prompts.clicks, strict=True) if c.positive] or points
-        )
-        edge = max(n * s for n, s in zip(volume, spacing_mm, strict=True)) / 4
-        half = [edge / s / 2 for s in spacing_mm]
-        low_edges = [a - h for a, h in zip(low, half, strict=True)]
-        high_edges = [b + h for b, h in zip(high, half, strict=True)]
-        window = window_around(low_edges, high_edges, shape, spacing_mm)
+        low, high = _hull(positive or points)
+        longest = max(n * s for n, s in zip(volume, spacing_mm, strict=True))
+        windows = []
+        for share in FIRST_LOOKS:
+            half = [share * longest / s / 2 for s in spacing_mm]
+            low_edges = [a - h for a, h in zip(low, half, strict=True)]
+            high_edges = [b + h for b, h in zip(high, half, strict=True)]
+            windows.append(window_around(low_edges, high_edges, shape, spacing_mm))
     inside = [(a, b, _CLICK_MARGIN) for a, b in points]
     if previous is not None:
         inside.append((*previous, 1))
-    return _extend(window, inside)
+    return [_extend(window, inside) for window in windows]
 
 
 def grown_window(window: Window, touched: Sequence[tuple[bool, bool]], volume: Triple) -> Window:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,13 @@ from inference.geometry import Triple, Window
 from inference.model.refiner import Refiner, load_refiner
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
+from inference.precision import autocast
 from inference.prompts import WindowPrompts, refiner_channels
 from inference.refinement import (
     ObjectLogits,
     bounding_box,
     fine_shape,
-    first_window,
+    first_windows,
     grown_window,
     honour_clicks,
     merge,
@@ -48,6 +49,7 @@ class _Look:
     prompts: ObjectPrompts
     window: Window
     previous: tuple[Triple, Triple] | None
+    others: tuple[Window, ...] = ()  # further windows to begin with, where the size is unknown
     growths: int = 0
     resized: bool = False
     coarse: tuple[Window, Tensor] | None = None  # what SAM-Med3D saw and said
@@ -128,8 +130,10 @@ class Segmenter:
         """Choose the first window and, where there is SAM-Med3D, ask it."""
         before = bounding_box(previous == prompts.label) if previous is not None else None
         edge = _EDGE if self._refiner is None else self._refiner.config.window
-        region = first_window(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
-        look = _Look(prompts, region, before)
+        *others, region = first_windows(
+            prompts, before, self._volume, self._spacing_mm, (edge, edge, edge)
+        )
+        look = _Look(prompts, region, before, tuple(others))
         if self._coarse is not None:
             window = self._coarse.window(region, self._spacing_mm)
             mask = self._previous_cells(window, look, previous)
@@ -150,6 +154,11 @@ class Segmenter:
         self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
     ) -> None:
         """Run the network on the looks' windows, growing and shrinking them until they fit."""
+        for look in looks:
+            if look.others:
+                tries = [replace(look, window=w, others=()) for w in (*look.others, look.window)]
+                logits = self._run(refiner, tries, previous)
+                look.window = tries[int(np.argmax([_confidence(one) for one in logits]))].window
         pending = list(looks)
         while pending:
             logits = self._run(refiner, pending, previous)
@@ -183,7 +192,7 @@ class Segmenter:
         z0, y0, x0 = (int(np.floor(v + 0.5)) for v in low)
         z1, y1, x1 = (int(np.ceil(v + 0.5)) for v in high)
         found = (z0, y0, x0), (z1, y1, x1)
-        closer = first_window(
+        (closer,) = first_windows(
             look.prompts, found, self._volume, self._spacing_mm, look.window.shape
         )
         if all(0.8 < a / b < 1.25 for a, b in zip(closer.size, look.window.size, strict=True)):
@@ -214,7 +223,7 @@ class Segmenter:
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
         """(B, 9, D, H, W) -> (B, D, H, W) float32 logits."""
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16):
+        with torch.inference_mode(), autocast(self.device):
             logits: Tensor = refiner(channels)
         return logits[:, 0]
 
@@ -306,6 +315,13 @@ class Segmenter:
                 "SAM-Med3D checkpoint beside it"
             )
         return cls(network, coarse, device)
+
+
+def _confidence(logits: Tensor) -> float:
+    """The Dice the network expects of its mask: soft Dice of probabilities and mask."""
+    probability = logits.sigmoid()
+    mask = probability > 0.5
+    return float(2 * probability[mask].sum() / (probability.sum() + mask.sum()).clamp_min(1e-6))
 
 
 def window_prompts(prompts: ObjectPrompts, window: Window) -> WindowPrompts:

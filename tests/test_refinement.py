@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from inference.case import Box, Click, ObjectPrompts
 from inference.geometry import Window
 from inference.refinement import (
+    FIRST_LOOKS,
     ObjectLogits,
     bounding_box,
     fine_shape,
-    first_window,
+    first_windows,
     grown_window,
     honour_clicks,
     merge,
@@ -101,13 +102,16 @@ def test_the_first_window_holds_box_clicks_and_previous_mask(data: st.DataObject
     previous = (low, high) if data.draw(st.booleans()) else None
     if box is None and not said:
         return
-    window = first_window(ObjectPrompts(1, box, said), previous, SHAPE, (3.0, 2.0, 1.0), GRID)  # type: ignore[arg-type]
+    prompts = ObjectPrompts(1, box, said)
+    windows = first_windows(prompts, previous, SHAPE, (3.0, 2.0, 1.0), GRID)  # type: ignore[arg-type]
     inside = [c.position for c in said]
     if box is not None or previous is not None:
         inside += [low, tuple(n - 1 for n in high)]  # type: ignore[list-item]
-    for point in inside:
-        assert all(a <= p < b for a, p, b in zip(window.start, point, window.stop, strict=True))
-    assert window.shape == GRID
+    assert len(windows) == (1 if box is not None or previous is not None else len(FIRST_LOOKS))
+    for window in windows:
+        assert window.shape == GRID
+        for point in inside:
+            assert all(a <= p < b for a, p, b in zip(window.start, point, window.stop, strict=True))
 
 
 def test_a_window_grows_only_where_it_is_touched_and_inside_the_volume() -> None:
@@ -162,11 +166,11 @@ def test_bounding_box_equals_argwhere(data: st.DataObject) -> None:
         assert box == (tuple(where.min(0)), tuple(where.max(0) + 1))
 
 
-def test_a_first_look_without_a_box_is_a_quarter_of_the_volume_in_millimetres() -> None:
+def test_first_looks_without_a_box_are_cubes_in_millimetres() -> None:
     prompts = ObjectPrompts(1, None, (Click((50, 50, 50), True),))
-    window = first_window(prompts, None, (100, 120, 400), (4.0, 2.0, 1.0), GRID)
-    edges_mm = np.multiply(window.size, (4.0, 2.0, 1.0))
-    np.testing.assert_allclose(edges_mm, 100, atol=8)
+    windows = first_windows(prompts, None, (100, 120, 400), (4.0, 2.0, 1.0), GRID)
+    for window, share in zip(windows, FIRST_LOOKS, strict=True):
+        np.testing.assert_allclose(np.multiply(window.size, (4, 2, 1)), 400 * share, atol=8)
 
 
 def test_nothing_said_and_nothing_found_stays_empty() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inference.model.refiner import Refiner
+from inference.precision import autocast
 from inference.prompts import refiner_channels
 from training.click_simulation import next_click
 from training.config import Config
@@ -82,7 +83,7 @@ class Trainer:
         )
         cuda = self._device.type == "cuda"
         self.model.train()
-        with torch.autocast(self._device.type, torch.bfloat16):
+        with autocast(self._device):
             logits = self.model(channels)
         losses = dice_ce(logits, target[:, None])
         rate = self._rate()
