@@ -1,18 +1,19 @@
 """Command line: score a predictor on a folder of labelled cases, as the challenge does.
 
-Writes ``OUT/NAME_metrics.csv`` with the challenge's columns and ``OUT/summary.csv``, prints a table
-of modality by round. Exit status: 0 all predictions came back, 1 some failed, 2 nothing could
-start.
+Writes ``OUT/NAME_metrics.csv`` with the challenge's columns; ``OUT/summary.csv`` and
+``OUT/report.html`` are about all runs in the folder. Prints a table of modality by round. Exit
+status: 0 all predictions came back, 1 some failed, 2 nothing could start.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training.evaluation.labelled_case import load_labelled_case
+from training.evaluation.comparison import Difference, compare, format_differences
+from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.metrics import area_under_curve
 from training.evaluation.perturbation import VARIANTS, PromptVariant
 from training.evaluation.predictors import Predictor, PredictorChoice, build_predictor
 from training.evaluation.protocol import CaseResult, run_case
-from training.evaluation.results import RunFolder, format_table, summarise, write_csv
+from training.evaluation.results import RunFolder, list_runs, write_csv
+from training.evaluation.summary import format_stress, format_table, stress_rows, summarise
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,7 +45,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--predictor",
         default="segmenter",
-        help="segmenter, command, image, or a baseline (default: %(default)s)",
+        help="comma-separated: segmenter, command, image, baselines; all: segmenter and baselines "
+        "(default: %(default)s)",
     )
     add("--name", help="name of the run (default: the predictor's)")
     add("--weights", type=Path, metavar="FILE", help="segmenter: bundle (default: what ships)")
@@ -56,6 +60,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--prompts", default="exact", help=f"comma-separated: all, {', '.join(VARIANTS)}")
     add("--limit", type=int, metavar="N", help="only N cases, spread over the sorted list")
     add("--jobs", type=int, default=1, metavar="N", help="cases at a time (default: %(default)s)")
+    add("--compare", type=Path, metavar="CSV", help="another run's metrics, compared case by case")
+    add(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write report.html (default: yes)",
+    )
     add("--force", action="store_true", help="do cases again that are already done")
     return parser.parse_args(arguments)
 
@@ -63,24 +74,42 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit status."""
     options = parse_arguments(arguments)
+    failures = 0
     try:
         variants = _variants(options.prompts)
         paths = _list_cases(options.cases, options.limit)
-        choice = _choice(options)
+        kinds = _kinds(options.predictor)
+        if options.name is not None and len(kinds) > 1:
+            raise ValueError(f"--name {options.name!r} for {len(kinds)} predictors; accepted: one")
         options.out.mkdir(parents=True, exist_ok=True)
-        failures = 0
-        for variant in variants:
-            name = options.name or options.predictor
+        differences = {}
+        for kind, variant in itertools.product(kinds, variants):
+            choice = _choice(kind, options)
+            name = options.name or kind
             if variant.name != "exact":
                 name = f"{name}@{variant.name}"
             run = RunFolder(options.out, name)
             run.open(_settings(choice, options, variant), force=options.force)
             results = _evaluate(run, paths, choice, options, variant)
-            failures += _report(run, results, options.out)
+            run.write_metrics(results)
+            failures += _print_results(run, results)
+            if options.compare is not None:
+                differences[name] = compare(run.metrics_csv, options.compare)
+                print(f"against {options.compare}\n{format_differences(differences[name])}")
+        _write_pages(options, differences)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 1 if failures else 0
+
+
+def _kinds(text: str) -> list[str]:
+    """Names of predictors; ``all`` is the segmenter and every baseline."""
+    if text != "all":
+        return text.split(",")
+    from training.evaluation.baselines import BASELINES
+
+    return ["segmenter", *BASELINES]
 
 
 def _variants(text: str) -> list[PromptVariant]:
@@ -102,9 +131,9 @@ def _list_cases(folder: Path, limit: int | None) -> list[Path]:
     return paths
 
 
-def _choice(options: argparse.Namespace) -> PredictorChoice:
+def _choice(kind: str, options: argparse.Namespace) -> PredictorChoice:
     return PredictorChoice(
-        kind=options.predictor,
+        kind=kind,
         weights=options.weights,
         sam=options.sam,
         refiner=options.refiner == "on",
@@ -219,10 +248,8 @@ def _run_in_worker(
     return _run_one(path, _worker_predictor, references, boxes, variant)
 
 
-def _report(run: RunFolder, results: list[CaseResult], out: Path) -> int:
-    """Write the tables and print one; returns the number of failed predictions."""
-    run.write_metrics(results)
-    write_csv(out / "summary.csv", summarise(results))
+def _print_results(run: RunFolder, results: list[CaseResult]) -> int:
+    """Print the table of a run; returns the number of failed predictions."""
     print(f"\n{run.name}\n{format_table(results)}")
     late = [r.name for r in results if r.seconds > r.seconds_allowed]
     if late:
@@ -232,6 +259,27 @@ def _report(run: RunFolder, results: list[CaseResult], out: Path) -> int:
         print(f"{len(failed)} predictions failed, in {', '.join(sorted(set(failed)))}")
     print(f"{sum(r.seconds for r in results):.1f} s of prediction; {run.metrics_csv}", flush=True)
     return len(failed)
+
+
+def _write_pages(
+    options: argparse.Namespace, differences: Mapping[str, Sequence[Difference]]
+) -> None:
+    """The tables and the page about all runs in the folder."""
+    runs = list_runs(options.out)
+    rows = [{"run": run.name, **row} for run in runs for row in summarise(run.results())]
+    write_csv(options.out / "summary.csv", rows)
+    stressed = stress_rows({run.name: run.results() for run in runs})
+    if stressed:
+        write_csv(options.out / "stress.csv", stressed)
+        print(f"\n{format_stress(stressed)}")
+    if options.report:
+        from training.evaluation.report import write_report
+
+        def load(run: RunFolder, name: str) -> LabelledCase:
+            return load_labelled_case(Path(run.settings()["cases"], name), options.references)
+
+        write_report(options.out / "report.html", runs, load, differences)
+        print(options.out / "report.html")
 
 
 if __name__ == "__main__":
