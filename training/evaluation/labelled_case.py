@@ -27,7 +27,7 @@ class LabelledCase:
         arrays: what a predictor may see of the file: everything but the reference.
         reference: the true labels; each label is a class, in ascending order.
         stored_spacing: as the file has it, (x, y, z) mm; the challenge's NSD takes it unpermuted.
-        structures: name of each class where a ``manifest.json`` beside the case gives one.
+        structures: name of each class as a ``manifest.json`` beside the case gives it, or empty.
     """
 
     name: str
@@ -99,4 +99,4 @@ def _structures(path: Path, labels: list[int]) -> tuple[str, ...]:
         for entry in json.loads(manifest.read_text()):
             if entry.get("file") == path.name:
                 named = entry.get("structures") or {}
-    return tuple(str(named.get(str(label), "unnamed")) for label in labels)
+    return tuple(str(named.get(str(label), "")) for label in labels)

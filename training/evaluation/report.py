@@ -7,6 +7,7 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,9 @@ from training.evaluation.comparison import Difference
 from training.evaluation.labelled_case import LabelledCase
 from training.evaluation.protocol import CaseResult
 from training.evaluation.results import RunFolder
-from training.evaluation.summary import COLUMNS, METRICS, modality_rows
+from training.evaluation.summary import COLUMNS, METRICS, modality_rows, stress_rows
 
+_LOSS = ("", "_loss")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
        max-width: 1080px; margin: 0 auto; padding: 1.5rem; }
@@ -29,7 +31,7 @@ th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #888; } tbody tr { border-bottom: 1px solid #eee; }
 tr.mean { font-weight: 600; } td.best { background: #e3f3e8; }
 svg, img { max-width: 100%; height: auto; display: block; }
-figure { margin: .6rem 0 1.4rem; } figcaption, .note { color: #555; font-size: .88rem; }
+figure { margin: 1.2rem 0 1.6rem; } figcaption, .note { color: #555; font-size: .88rem; }
 .key b { font-weight: 600; } summary { cursor: pointer; }
 """
 
@@ -50,9 +52,13 @@ def write_report(
     """
     results = {run.name: run.results() for run in runs}
     results = {name: found for name, found in results.items() if found}
+    stressed = stress_rows(results)
+    results = {name: found for name, found in results.items() if "@" not in name}
     parts = ["<h1>Interactive segmentation: evaluation</h1>", _introduction(results)]
     if results:
         parts.append(_overview(results))
+    if stressed:
+        parts.append(_stress(stressed))
     for run in runs:
         if run.name in results:
             parts.append(_run(run, results[run.name], load_case, differences.get(run.name, ())))
@@ -95,10 +101,33 @@ def _overview(results: Mapping[str, Sequence[CaseResult]]) -> str:
     parts.append(
         _figure(
             figures.cost_by_volume(results),
-            "Time and peak memory of the predicting process by volume size.",
+            "Time and peak memory by volume size. In-process predictors share the memory of the "
+            "evaluation itself.",
         )
     )
     return "\n".join(parts)
+
+
+def _stress(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a sloppy user loses."""
+    columns = [f"{m.upper()}_{c}{k}" for m in METRICS for c in ("first", "final") for k in _LOSS]
+    header = [column.replace("_", " ") for column in columns]
+    return "\n".join(
+        [
+            "<h2>Sloppy prompts</h2>",
+            '<p class="note">Means over cases; the loss is against the exact prompts on the same '
+            "cases. First is the box round, or the first click where a run has no boxes. A box "
+            "jitter moves each face by up to that percentage of the edge, a click shift each click "
+            "by up to that many voxels along each axis.</p>",
+            _table(
+                ("run and prompts", "cases", *header),
+                [
+                    (f"{r['run']}, {r['prompts']}", r["cases"], [float(r[c]) for c in columns])
+                    for r in rows
+                ],
+            ),
+        ]
+    )
 
 
 def _run(
@@ -149,9 +178,10 @@ def _pictures(
         index = int(np.argmin(np.abs(np.array(dsc) - np.mean(dsc))))
         case = load_case(run, result.name)
         png = figures.slices_through_object(case, result, run.load_segs(result.name), index)
+        structure = result.structures[index]
         caption = (
             f"{word}: {result.name}, mean DSC {np.mean(dsc):.3f}; shown: class "
-            f"{result.labels[index]} ({result.structures[index]}), DSC {dsc[index]:.3f}"
+            f"{result.labels[index]}{f' ({structure})' if structure else ''}, DSC {dsc[index]:.3f}"
         )
         data = base64.b64encode(png).decode()
         image = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'

@@ -90,7 +90,9 @@ def summarise(results: Sequence[CaseResult]) -> list[dict[str, Any]]:
     groups += [
         ("modality", m, cases, [mask]) for m, mask in zip(modalities, by_modality, strict=True)
     ]
-    names = [f"{m} {s}" for m, s in zip(objects.modality, objects.structure, strict=True)]
+    names = [
+        f"{m} {s or 'unnamed'}" for m, s in zip(objects.modality, objects.structure, strict=True)
+    ]
     groups += [("structure", s, objects, [np.array(names) == s]) for s in sorted(set(names))]
     for label, mask in _deciles(objects.voxels):
         groups.append(("object size", label, objects, [mask]))
