@@ -15,8 +15,10 @@ from inference.geometry import Triple, Window, window_around
 BOX_SCALE = 1.8
 #: A region grows by this factor while the prediction touches its border (nnInteractive's AutoZoom).
 ZOOM = 1.5
-#: Edges of the first looks for an object of unknown size, in longest edges of the volume.
-FIRST_LOOKS = (0.18, 0.3, 0.5, 0.9)
+#: First looks for an object of unknown size: edge in longest edges of the volume, and what the
+#: network's confidence in it is multiplied with (fitted on training cases: networks are too sure of
+#: whole heads and bodies).
+FIRST_LOOKS = ((0.3, 1.0), (0.5, 1.1), (0.9, 0.9))
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 _SURE = 100.0  # a click outvotes every network; newer clicks a little more
 
@@ -61,8 +63,9 @@ def first_windows(
     """The windows an object is first looked for in.
 
     With a box: 1.8 x the box. Without one: 1.8 x the previous mask. Where there is none either the
-    size of the object is unknown: cubes about the clicks, their edges a tenth to nine tenths of
-    the volume's longest edge in millimetres. All clicks and the previous mask lie inside.
+    size of the object is unknown: cubes about the clicks, their edges the shares of
+    :data:`FIRST_LOOKS` of the volume's longest edge in millimetres. All clicks and the previous
+    mask lie inside.
 
     Args:
         prompts: of the object; not empty.
@@ -82,7 +85,7 @@ def first_windows(
         low, high = _hull(positive or points)
         longest = max(n * s for n, s in zip(volume, spacing_mm, strict=True))
         windows = []
-        for share in FIRST_LOOKS:
+        for share, _ in FIRST_LOOKS:
             half = [share * longest / s / 2 for s in spacing_mm]
             low_edges = [a - h for a, h in zip(low, half, strict=True)]
             high_edges = [b + h for b, h in zip(high, half, strict=True)]

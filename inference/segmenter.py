@@ -20,6 +20,7 @@ from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast
 from inference.prompts import WindowPrompts, refiner_channels
 from inference.refinement import (
+    FIRST_LOOKS,
     ObjectLogits,
     bounding_box,
     fine_shape,
@@ -158,7 +159,11 @@ class Segmenter:
             if look.others:
                 tries = [replace(look, window=w, others=()) for w in (*look.others, look.window)]
                 logits = self._run(refiner, tries, previous)
-                look.window = tries[int(np.argmax([_confidence(one) for one in logits]))].window
+                scores = [
+                    weight * _confidence(one)
+                    for one, (_, weight) in zip(logits, FIRST_LOOKS, strict=True)
+                ]
+                look.window = tries[int(np.argmax(scores))].window
         pending = list(looks)
         while pending:
             logits = self._run(refiner, pending, previous)

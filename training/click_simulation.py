@@ -7,6 +7,8 @@ import edt
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.object_prompts import stored_box
+
 Triple = tuple[float, float, float]
 
 
@@ -22,13 +24,12 @@ def challenge_box(
     Returns:
         Lower edges, upper edges (z, y, x; edges lie at voxel centre +- 0.5) and the middle slice.
     """
-    slices = np.flatnonzero(mask.any(axis=(1, 2)))
-    middle = int(slices[len(slices) // 2])
-    ys = np.flatnonzero(mask[middle].any(axis=1))
-    xs = np.flatnonzero(mask[middle].any(axis=0))
-    low = (slices[0] - 0.5, ys[0] - 0.5 - padding[1], xs[0] - 0.5 - padding[2])
-    high = (slices[-1] + 0.5, ys[-1] + 0.5 + padding[1], xs[-1] + 0.5 + padding[2])
-    return low, high, float(middle)
+    box = stored_box(mask)
+    first = np.array([box["z_min"], box["z_mid_y_min"], box["z_mid_x_min"]])
+    last = np.array([box["z_max"], box["z_mid_y_max"], box["z_mid_x_max"]])
+    z0, y0, x0 = (first - 0.5 - np.array(padding)).tolist()
+    z1, y1, x1 = (last + 0.5 + np.array(padding)).tolist()
+    return (z0, y0, x0), (z1, y1, x1), float(box["z_mid"])
 
 
 def next_click(
