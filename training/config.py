@@ -32,9 +32,9 @@ class Config:
     """
 
     steps: int = 100_000
-    minutes: float = 60.0
+    minutes: float = 90.0
     batch: int = 8
-    windows: tuple[tuple[float, int], ...] = ((0.0, 48), (0.4, 64))
+    windows: tuple[tuple[float, int], ...] = ((0.0, 48), (0.36, 64))
     lr: float = 1.5e-3
     lr_end: float = 0.01
     weight_decay: float = 0.02
@@ -43,7 +43,7 @@ class Config:
     clip_norm: float = 1.0
     ema: float = 0.998
     max_rounds: int = 6
-    no_box: float = 0.22
+    no_box: float = 0.3
     no_click: float = 0.12
     zoom: float = 0.35
     synthetic: float = 0.12
