@@ -18,7 +18,7 @@ from torch import Tensor
 from inference.case import Case, ObjectPrompts
 from inference.model.refiner import CHANNELS, RefinerConfig
 from inference.prompts import WindowPrompts, normalise_window, refiner_channels
-from inference.refinement import bounding_box, first_window, honour_clicks, merge
+from inference.refinement import bounding_box, first_windows, honour_clicks, merge
 from inference.resampling import resample, to_tensor
 from inference.segmenter import to_voxels, window_prompts
 
@@ -26,6 +26,7 @@ from inference.segmenter import to_voxels, window_prompts
 _UNBOXED_RADIUS = 0.1
 # Share of the ellipsoid in the box that is taken for granted where seeds are needed.
 _SEED_RADIUS = 0.3
+_SEED_CELLS = 2.5  # radius of a click; a random walker escapes from a single cell
 # Grids on which scikit-image takes about a second an object.
 _WALKER_CELLS, _GEODESIC_CELLS = 48, 48
 _WALKER_BETA = 130  # scikit-image's default
@@ -167,7 +168,8 @@ def _object_by_object(case: Case, edge: int, log_odds: Callable[[_View], Tensor]
         previous, before = None, None
         if prompts.box is None and case.previous is not None:
             before = bounding_box(case.previous == prompts.label)
-        window = first_window(prompts, before, shape, case.spacing_mm, cells)
+        windows = first_windows(prompts, before, shape, case.spacing_mm, cells)
+        window = windows[len(windows) // 2]  # of several sizes, where nothing tells, a middle one
         if before is not None and case.previous is not None:
             mask = (window.crop(case.previous) == prompts.label).astype(np.uint8)
             previous = resample(to_tensor(mask), cells)[0]
@@ -193,9 +195,11 @@ def _seeds(view: _View) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         outside |= np.maximum(np.maximum(abs(dz), abs(dy)), abs(dx)) > 1
     else:
         outside[[0, -1]] = outside[:, [0, -1]] = outside[:, :, [0, -1]] = True
+    axes = np.ogrid[tuple(slice(0, n) for n in shape)]
     for position, positive in view.prompts.clicks:
-        cell = tuple(min(max(round(p), 0), n - 1) for p, n in zip(position, shape, strict=True))
-        inside[cell], outside[cell] = positive, not positive
+        inner = [min(max(p, 0), n - 1) for p, n in zip(position, shape, strict=True)]
+        ball = sum((a - p) ** 2 for a, p in zip(axes, inner, strict=True)) <= _SEED_CELLS**2
+        inside[ball], outside[ball] = positive, not positive
     if not inside.any():
         middle = tuple(n // 2 for n in shape)
         inside[middle], outside[middle] = True, False

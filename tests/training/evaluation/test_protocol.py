@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inference.case import Case, load_case
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
 from tests.phantoms import challenge_case, objects, write_npz
 from tests.training.evaluation import official_restatement as official
+from tests.training.evaluation.obedient import by_files, obedient
 from training.evaluation.labelled_case import load_labelled_case, modality_of
 from training.evaluation.perturbation import VARIANTS
 from training.evaluation.predictors import InProcess, Prediction, PredictionError
@@ -38,32 +38,6 @@ REAL = [
     ("val/CT_OpenKBP_pt222.npz", True),
     ("train/MR_totalseg_example_mr.npz", False),
 ]
-
-
-def obedient(case: Case) -> np.ndarray:
-    """Boxes filled by half at first; later a cube about each click set or cleared."""
-    if case.previous is None or not case.previous.any():
-        labels = np.zeros(case.image.shape, np.uint8)
-        for prompts in case.objects:
-            if prompts.box is not None:
-                box = zip(prompts.box.start, prompts.box.stop, strict=True)
-                labels[tuple(slice(a + (b - a) // 4, b) for a, b in box)] = prompts.label
-    else:
-        labels = case.previous.copy()
-    for prompts in case.objects:
-        for click in prompts.clicks:
-            cube = tuple(slice(max(p - 3, 0), p + 4) for p in click.position)
-            if click.positive:
-                labels[cube] = prompts.label
-            else:
-                labels[cube][labels[cube] == prompts.label] = 0
-    return labels
-
-
-def by_files(inputs: Path, outputs: Path) -> None:
-    """The same predictor as the container would be: one file in, one out."""
-    for path in inputs.iterdir():
-        np.savez_compressed(outputs / path.name, segs=obedient(load_case(path)))
 
 
 def assert_same_as_restatement(path: Path, folder: Path) -> CaseResult:

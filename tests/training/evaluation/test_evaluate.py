@@ -1,0 +1,247 @@
+"""The command line: tables, resuming after a kill, settings, comparison, report."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.phantoms import challenge_case, write_npz
+from training.evaluation import evaluate
+from training.evaluation.comparison import compare
+from training.evaluation.evaluate import main
+from training.evaluation.results import RunFolder, list_runs, read_csv
+from training.evaluation.summary import COLUMNS, bootstrap, modality_rows
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cases")
+    for number, (modality, boxes) in enumerate(
+        [("CT", True), ("CT", False), ("MR", True), ("US", False)]
+    ):
+        arrays = challenge_case((8, 24, 28), 2, modality, boxes=boxes, seed=number)
+        write_npz(folder / f"{modality}_case{number}.npz", arrays)
+    return folder
+
+
+def run(cases: Path, out: Path, *more: str) -> int:
+    return main(["--cases", str(cases), "--out", str(out), "--no-report", *more])
+
+
+def rows_without_times(path: Path) -> list[dict[str, str]]:
+    return [
+        {key: value for key, value in row.items() if "RunningTime" not in key}
+        for row in read_csv(path)
+    ]
+
+
+def test_writes_the_official_table_and_a_summary(cases, tmp_path, capsys):
+    assert run(cases, tmp_path, "--predictor", "ellipsoid") == 0
+    rows = read_csv(tmp_path / "ellipsoid_metrics.csv")
+    assert [row["CaseName"] for row in rows] == sorted(path.name for path in cases.iterdir())
+    boxless = rows[1]
+    assert boxless["DSC_1"] == boxless["NSD_1"] == boxless["RunningTime_1"] == "0.0"
+    assert boxless["runtime_upperbound"] == "180"
+    summary = read_csv(tmp_path / "summary.csv")
+    assert {row["grouping"] for row in summary} == {"all", "modality", "structure", "object size"}
+    found = {(row["group"], row["metric"], row["round"]): row for row in summary}
+    one = found["CT", "DSC", "Final"]
+    finals = [float(row["DSC_Final"]) for row in rows[:2]]
+    assert float(one["mean"]) == pytest.approx(np.mean(finals))
+    assert min(finals) <= float(one["ci95_low"]) <= float(one["ci95_high"]) <= max(finals)
+    assert found["CT", "DSC", "box"]["n"] == "1"  # the other CT has no boxes
+    assert "mean of modalities" in capsys.readouterr().out
+
+
+def test_done_cases_are_not_redone_unless_forced(cases, tmp_path, monkeypatch, capsys):
+    held = []
+    real = evaluate.run_case
+
+    def counted(case, *how):
+        held.append(case.name)
+        return real(case, *how)
+
+    monkeypatch.setattr(evaluate, "run_case", counted)
+    assert run(cases, tmp_path, "--predictor", "box", "--limit", "2") == 0
+    assert len(held) == 2
+    assert run(cases, tmp_path, "--predictor", "box") == 0
+    assert len(held) == 4
+    table = (tmp_path / "box_metrics.csv").read_bytes()
+    assert run(cases, tmp_path, "--predictor", "box") == 0
+    assert len(held) == 4
+    assert "4 of 4 cases already done" in capsys.readouterr().out
+    assert (tmp_path / "box_metrics.csv").read_bytes() == table
+    assert run(cases, tmp_path, "--predictor", "box", "--force") == 0
+    assert len(held) == 8
+
+
+def test_other_settings_need_another_folder(cases, tmp_path, capsys):
+    assert run(cases, tmp_path, "--predictor", "box") == 0
+    assert run(cases, tmp_path, "--predictor", "box", "--no-boxes") == 2
+    assert "boxes True -> False" in capsys.readouterr().err
+    assert run(cases, tmp_path, "--predictor", "box", "--no-boxes", "--name", "box-less") == 0
+    assert all(row["DSC_1"] == "0.0" for row in read_csv(tmp_path / "box-less_metrics.csv"))
+
+
+def test_jobs_give_the_same_scores(cases, tmp_path):
+    assert run(cases, tmp_path / "one", "--predictor", "ellipsoid") == 0
+    assert run(cases, tmp_path / "two", "--predictor", "ellipsoid", "--jobs", "2") == 0
+    tables = [rows_without_times(tmp_path / n / "ellipsoid_metrics.csv") for n in ("one", "two")]
+    assert tables[0] == tables[1]
+
+
+def test_killed_and_continued(cases, tmp_path):
+    """Kill -9 in the middle, run again: the same table, times aside."""
+    out = tmp_path / "killed"
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(CHECKOUT)!r})\n"
+        "from training.evaluation import baselines, evaluate\n"
+        "ellipsoid = baselines.BASELINES['ellipsoid']\n"
+        "def slow(case):\n"
+        "    time.sleep(0.2)\n"
+        "    return ellipsoid(case)\n"
+        "baselines.BASELINES['ellipsoid'] = slow\n"
+        "sys.exit(evaluate.main())\n"
+    )
+    arguments = ["--cases", cases, "--out", out, "--predictor", "ellipsoid", "--no-report"]
+    process = subprocess.Popen(
+        [sys.executable, slow, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("ellipsoid/*_case*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(list(out.glob("ellipsoid/*_case*.json"))) < 4
+    assert not (out / "ellipsoid_metrics.csv").exists()
+    assert run(cases, out, "--predictor", "ellipsoid") == 0
+    assert run(cases, tmp_path / "whole", "--predictor", "ellipsoid") == 0
+    assert rows_without_times(out / "ellipsoid_metrics.csv") == rows_without_times(
+        tmp_path / "whole" / "ellipsoid_metrics.csv"
+    )
+
+
+def test_failed_predictions_are_told(cases, tmp_path, capsys):
+    command = f"{sys.executable} -c pass {{inputs}} {{outputs}}"
+    assert run(cases, tmp_path, "--predictor", "command", "--command", command, "--limit", "1") == 1
+    said = capsys.readouterr()
+    assert "no CT_case0.npz written" in said.err
+    assert "6 predictions failed, in CT_case0.npz" in said.out
+    assert float(read_csv(tmp_path / "command_metrics.csv")[0]["DSC_AUC"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--predictor", "magic"], "predictor 'magic'; accepted"),
+        (["--predictor", "box", "--prompts", "shaky"], "prompts 'shaky'; accepted"),
+        (["--predictor", "box", "--limit", "0"], "limit 0; accepted"),
+        (["--predictor", "box,ellipsoid", "--name", "both"], "accepted: one"),
+        (["--predictor", "box", "--weights", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_cannot_start(cases, tmp_path, capsys, more, message):
+    assert run(cases, tmp_path, *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_cases(tmp_path, capsys):
+    assert run(tmp_path, tmp_path / "out", "--predictor", "box") == 2
+    assert "no .npz file" in capsys.readouterr().err
+
+
+def test_sloppy_prompts_lose(cases, tmp_path, capsys):
+    """Box jitter hurts who trusts the box alone, and the table says by how much."""
+    prompts = "exact,box-jitter-20,one-click"
+    assert run(cases, tmp_path, "--predictor", "ellipsoid", "--prompts", prompts) == 0
+    stress = {row["prompts"]: row for row in read_csv(tmp_path / "stress.csv")}
+    assert set(stress) == {"box-jitter-20", "one-click"}
+    assert float(stress["box-jitter-20"]["DSC_first_loss"]) > 0.02
+    assert float(stress["one-click"]["DSC_first_loss"]) == 0
+    exact = read_csv(tmp_path / "ellipsoid_metrics.csv")
+    jittered = read_csv(tmp_path / "ellipsoid@box-jitter-20_metrics.csv")
+    loss = np.mean([float(row["DSC_Final"]) for row in exact]) - np.mean(
+        [float(row["DSC_Final"]) for row in jittered]
+    )
+    assert float(stress["box-jitter-20"]["DSC_final_loss"]) == pytest.approx(loss)
+    assert "ellipsoid one-click" in capsys.readouterr().out
+
+
+def test_report_holds_everything(cases, tmp_path, capsys):
+    assert run(cases, tmp_path, "--predictor", "box") == 0
+    compared = str(tmp_path / "box_metrics.csv")
+    arguments = ["--cases", str(cases), "--out", str(tmp_path), "--predictor", "ellipsoid"]
+    assert main([*arguments, "--compare", compared, "--prompts", "exact,no-box"]) == 0
+    assert "sign test p" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    for heading in ("All runs", "Sloppy prompts", "Against the compared run", ">box<", "ellipsoid"):
+        assert heading in page
+    assert page.count("data:image/png;base64,") == 6
+    assert page.count("<svg") == 2 + 2 + 1
+    assert "http" not in page.replace("http://www.w3.org", "")  # names of SVG's vocabularies
+    assert "<script" not in page
+
+
+def official(path: Path, finals: dict[str, float]) -> Path:
+    columns = ("DSC_1", "DSC_AUC", "DSC_Final", "NSD_1", "NSD_AUC", "NSD_Final")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["CaseName", *columns])
+        writer.writerows([name, *[value] * 6] for name, value in finals.items())
+    return path
+
+
+def test_comparison_is_paired_by_case(tmp_path):
+    ours = official(tmp_path / "a.csv", {f"c{i}": 0.5 + 0.01 * i for i in range(10)} | {"x": 0})
+    theirs = official(tmp_path / "b.csv", {f"c{9 - i}": 0.5 for i in range(10)} | {"y": 1})
+    final = next(d for d in compare(ours, theirs) if d.column == "DSC_Final")
+    assert len(final.cases) == 10
+    assert (final.better, final.worse) == (9, 0)
+    assert final.mean == pytest.approx(0.045)
+    assert final.p_value == pytest.approx(2 / 2**9)
+    with pytest.raises(ValueError, match="no case in common"):
+        compare(ours, official(tmp_path / "c.csv", {"z": 1}))
+    (tmp_path / "d.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="accepted: a metrics CSV"):
+        compare(ours, tmp_path / "d.csv")
+
+
+def test_bootstrap_covers_the_mean():
+    """95 % intervals of normal samples hold the true mean about 95 times in 100."""
+    random = np.random.default_rng(0)
+    values = random.normal(size=(40, 300))
+    covered = [low <= 0 <= high for _, low, high, _ in bootstrap(values, [np.ones(40, bool)])]
+    assert 0.89 <= np.mean(covered) <= 0.98
+    values[:3] = np.nan
+    assert {count for *_, count in bootstrap(values, [np.ones(40, bool)])} == {37}
+
+
+def test_late_cases_count_as_zero_in_tables_only(cases, tmp_path, capsys):
+    assert run(cases, tmp_path, "--predictor", "box") == 0
+    [folder] = list_runs(tmp_path)
+    results = folder.results()
+    before = modality_rows(results, "dsc")[-1][2]
+    late = folder.load(results[0].name)
+    slow = type(late)(**{**vars(late), "rounds": tuple(slowed(r) for r in late.rounds)})
+    after = modality_rows([slow, *results[1:]], "dsc")[-1][2]
+    final = COLUMNS.index("Final")
+    assert after[final] == pytest.approx(before[final] - late.case_scores("dsc")[-1] / 4)
+    assert RunFolder(tmp_path, "box").load("none.npz") is None
+
+
+def slowed(held):
+    return None if held is None else type(held)(**{**vars(held), "seconds": 31.0})
