@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+import inference
+from inference.model.weights import find_weights, sha256_of
 from training.evaluation.comparison import Difference, compare, format_differences
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.metrics import area_under_curve
@@ -31,6 +33,8 @@ from training.evaluation.predictors import Predictor, PredictorChoice, build_pre
 from training.evaluation.protocol import CaseResult, run_case
 from training.evaluation.results import RunFolder, list_runs, write_csv
 from training.evaluation.summary import format_stress, format_table, stress_rows, summarise
+
+_SCORING = ("clicks", "label_map", "metrics", "perturbation", "protocol", "surface_dice")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,8 +53,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "(default: %(default)s)",
     )
     add("--name", help="name of the run (default: the predictor's)")
-    add("--weights", type=Path, metavar="FILE", help="segmenter: bundle (default: what ships)")
-    add("--sam", type=Path, metavar="FILE", help="segmenter: SAM-Med3D checkpoint")
+    add("--weights", metavar="FILE", help="segmenter: bundle, or its name (default: what ships)")
+    add("--sam", metavar="FILE", help="segmenter: SAM-Med3D checkpoint, or its name")
     add("--refiner", choices=("on", "off"), default="on", help="segmenter: off: SAM-Med3D alone")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="segmenter: where")
     add("--postprocess", default="off", help="segmenter: policy (default: %(default)s)")
@@ -132,28 +136,45 @@ def _list_cases(folder: Path, limit: int | None) -> list[Path]:
 
 
 def _choice(kind: str, options: argparse.Namespace) -> PredictorChoice:
+    if kind != "segmenter":
+        return PredictorChoice(kind, command=options.command, image=options.image)
+    refiner = options.refiner == "on"
+    sam = find_weights(options.sam) if options.sam else None
+    weights = None
+    if options.weights or refiner or sam is None:
+        weights = find_weights(options.weights or "default")
     return PredictorChoice(
-        kind=kind,
-        weights=options.weights,
-        sam=options.sam,
-        refiner=options.refiner == "on",
+        kind,
+        weights=weights,
+        sam=sam,
+        refiner=refiner,
         device=options.device,
         postprocess=options.postprocess,
-        command=options.command,
-        image=options.image,
     )
 
 
 def _settings(
     choice: PredictorChoice, options: argparse.Namespace, variant: PromptVariant
 ) -> dict[str, Any]:
-    """What the scores depend on, weights by content."""
+    """What the scores depend on, weights and code by content."""
     settings = asdict(choice)
     for key in ("weights", "sam"):
         if settings[key] is not None:
-            settings[key] = hashlib.sha256(settings[key].read_bytes()).hexdigest()
+            settings[key] = sha256_of(settings[key])
     cases = {"cases": str(options.cases.resolve()), "references": str(options.references or "")}
-    return {**settings, **cases, "boxes": not options.no_boxes, "prompts": variant.name}
+    code = {"code": _code_of(choice.kind)}
+    return {**settings, **cases, "boxes": not options.no_boxes, "prompts": variant.name, **code}
+
+
+def _code_of(kind: str) -> str:
+    """Hash of the modules a predictor and its scores come from; a command's is not known."""
+    here = Path(__file__).parent
+    modules = [here / f"{name}.py" for name in _SCORING]
+    if kind not in ("command", "image"):
+        modules += sorted(Path(inference.__file__).parent.rglob("*.py"))
+    if kind not in ("command", "image", "segmenter"):
+        modules.append(here / "baselines.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
 
 
 def _evaluate(

@@ -200,14 +200,10 @@ def build_predictor(choice: PredictorChoice) -> Predictor:
 
 
 def _segmenter(choice: PredictorChoice) -> Callable[[Case], NDArray[np.uint8]]:
-    from inference.predict import DEFAULT_WEIGHTS
     from inference.segmenter import Segmenter
 
-    weights = choice.weights
-    if weights is None and not (choice.sam is not None and not choice.refiner):
-        weights = DEFAULT_WEIGHTS
     segmenter = Segmenter.from_files(
-        weights, sam=choice.sam, refiner=choice.refiner, device=choice.device
+        choice.weights, sam=choice.sam, refiner=choice.refiner, device=choice.device
     )
     if choice.postprocess == "off":
         return segmenter.segment_case

@@ -85,10 +85,14 @@ def test_done_cases_are_not_redone_unless_forced(cases, tmp_path, monkeypatch, c
     assert len(held) == 8
 
 
-def test_other_settings_need_another_folder(cases, tmp_path, capsys):
+def test_other_settings_need_another_folder(cases, tmp_path, monkeypatch, capsys):
     assert run(cases, tmp_path, "--predictor", "box") == 0
     assert run(cases, tmp_path, "--predictor", "box", "--no-boxes") == 2
     assert "boxes True -> False" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate, "_SCORING", ("clicks",))  # as if the code had changed
+    assert run(cases, tmp_path, "--predictor", "box") == 2
+    assert "(code '" in capsys.readouterr().err
+    monkeypatch.undo()
     assert run(cases, tmp_path, "--predictor", "box", "--no-boxes", "--name", "box-less") == 0
     assert all(row["DSC_1"] == "0.0" for row in read_csv(tmp_path / "box-less_metrics.csv"))
 
@@ -151,7 +155,7 @@ def test_failed_predictions_are_told(cases, tmp_path, capsys):
         (["--predictor", "box", "--prompts", "shaky"], "prompts 'shaky'; accepted"),
         (["--predictor", "box", "--limit", "0"], "limit 0; accepted"),
         (["--predictor", "box,ellipsoid", "--name", "both"], "accepted: one"),
-        (["--predictor", "box", "--weights", "/nowhere"], "/nowhere"),
+        (["--weights", "/nowhere"], "no weights '/nowhere'"),
     ],
 )
 def test_what_cannot_start(cases, tmp_path, capsys, more, message):
