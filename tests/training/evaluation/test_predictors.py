@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -65,6 +66,22 @@ def test_command_scores_as_in_process_does(tmp_path, boxes):
     held = [r for r in outside.rounds if r is not None]
     assert all(r.seconds > 0 for r in held)
     assert all(r.peak_bytes > 10 << 20 for r in held)
+
+
+def test_predict_sh_scores_as_the_segmenter_does(tmp_path, monkeypatch):
+    """What ships, started once a round as in the challenge, and in this process."""
+    monkeypatch.setenv("PYTHON", sys.executable)
+    path = write_npz(tmp_path / "PET_ours.npz", challenge_case((16, 40, 36), 2, "PET", boxes=False))
+    case = load_labelled_case(path)
+    predict = shlex.quote(str(CHECKOUT / "predict.sh"))
+    command = Command(f"sh {predict} --inputs {{inputs}} --outputs {{outputs}} --device cpu")
+    inside, segs = run_case(case, build_predictor(PredictorChoice("segmenter", device="cpu")))
+    outside, segs_by_command = run_case(case, command)
+    assert (segs == segs_by_command).all()
+    assert inside.clicks == outside.clicks
+    assert inside.case_scores("dsc") == outside.case_scores("dsc")
+    assert inside.case_scores("nsd") == outside.case_scores("nsd")
+    assert {r.error for r in (*inside.rounds, *outside.rounds) if r is not None} == {None}
 
 
 @pytest.mark.parametrize(
