@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,6 +52,19 @@ def bounding_box(mask: NDArray[np.bool_]) -> tuple[Triple, Triple] | None:
         high.append(int(where[-1]) + 1)
         part = part[(slice(None),) * axis + (slice(low[-1], high[-1]),)]
     return (low[0], low[1], low[2]), (high[0], high[1], high[2])
+
+
+def bounding_boxes(labels: NDArray[np.uint8]) -> dict[int, tuple[Triple, Triple]]:
+    """Half-open bounding box of each label of a (D, H, W) label map, in one pass."""
+    statistics = cc3d.statistics(labels, no_slice_conversion=True)
+    found = {}
+    for label, (count, edges) in enumerate(
+        zip(statistics["voxel_counts"], statistics["bounding_boxes"], strict=True)
+    ):
+        if label and count:
+            z0, z1, y0, y1, x0, x1 = (int(edge) for edge in edges)
+            found[label] = (z0, y0, x0), (z1 + 1, y1 + 1, x1 + 1)
+    return found
 
 
 def first_windows(

@@ -23,6 +23,7 @@ from inference.refinement import (
     FIRST_LOOKS,
     ObjectLogits,
     bounding_box,
+    bounding_boxes,
     fine_shape,
     first_windows,
     grown_window,
@@ -120,18 +121,26 @@ class Segmenter:
         batch = _BATCH[self.device.type]
         wanted = [o for o in objects if not o.is_empty]
         tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
+        known = {} if previous is None else bounding_boxes(previous)
         for i in range(0, len(wanted), batch):
-            looks = [self._begin(prompts, previous) for prompts in wanted[i : i + batch]]
+            looks = [
+                self._begin(prompts, previous, known.get(prompts.label))
+                for prompts in wanted[i : i + batch]
+            ]
             if self._refiner is not None:
                 self._look(self._refiner, looks, previous)
             for look in looks:
                 yield self._finish(look, tiles)
 
-    def _begin(self, prompts: ObjectPrompts, previous: NDArray[np.uint8] | None) -> _Look:
+    def _begin(
+        self,
+        prompts: ObjectPrompts,
+        previous: NDArray[np.uint8] | None,
+        before: tuple[Triple, Triple] | None,
+    ) -> _Look:
         """Choose the first window and, where there is SAM-Med3D, ask it."""
-        before = bounding_box(previous == prompts.label) if previous is not None else None
         edge = _EDGE if self._refiner is None else self._refiner.config.window
-        *others, region = first_windows(
+        region, *others = first_windows(
             prompts, before, self._volume, self._spacing_mm, (edge, edge, edge)
         )
         look = _Look(prompts, region, before, tuple(others))
@@ -157,7 +166,7 @@ class Segmenter:
         """Run the network on the looks' windows, growing and shrinking them until they fit."""
         for look in looks:
             if look.others:
-                tries = [replace(look, window=w, others=()) for w in (*look.others, look.window)]
+                tries = [replace(look, window=w, others=()) for w in (look.window, *look.others)]
                 logits = self._run(refiner, tries, previous)
                 scores = [
                     weight * _confidence(one)

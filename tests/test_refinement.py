@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.case import Box, Click, ObjectPrompts
@@ -12,6 +12,7 @@ from inference.refinement import (
     FIRST_LOOKS,
     ObjectLogits,
     bounding_box,
+    bounding_boxes,
     fine_shape,
     first_windows,
     grown_window,
@@ -164,6 +165,16 @@ def test_bounding_box_equals_argwhere(data: st.DataObject) -> None:
         assert box is None
     else:
         assert box == (tuple(where.min(0)), tuple(where.max(0) + 1))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**16), st.sampled_from([1, 3, 255]))
+def test_bounding_boxes_of_labels_equal_those_of_their_masks(seed: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = (rng.integers(0, most + 1, SHAPE) * (rng.random(SHAPE) > 0.98)).astype(np.uint8)
+    boxes = bounding_boxes(labels)
+    for label in range(1, 256):
+        assert boxes.get(label) == bounding_box(labels == label)
 
 
 def test_first_looks_without_a_box_are_cubes_in_millimetres() -> None:

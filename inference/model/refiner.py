@@ -34,6 +34,7 @@ CHANNELS = (
 )
 _LIKELIHOOD = CHANNELS.index("likelihood")
 _PREVIOUS = CHANNELS.index("previous_mask")
+_SHAPE = CHANNELS.index("ellipsoid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Refiner(nn.Module):
     """
 
     def __init__(self, config: RefinerConfig | None = None) -> None:
-        """Make an untrained refiner: it returns the likelihood map blended with the mask."""
+        """Make an untrained refiner: it returns a blend of likelihood, mask and shape prior."""
         super().__init__()
         self.config = config or RefinerConfig()
         widths, blocks = self.config.channels, self.config.blocks
@@ -131,8 +132,8 @@ class Refiner(nn.Module):
         self.head = nn.Conv3d(widths[0], 8, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
-        #: weight of the likelihood map and of the previous mask in the output's starting point
-        self.base = nn.Parameter(torch.tensor([3.0, 1.0]))
+        #: weights of likelihood map, previous mask and shape prior in the output's starting point
+        self.base = nn.Parameter(torch.tensor([2.0, 1.0, 2.0]))
 
     def forward(self, channels: Tensor) -> Tensor:
         """Segment windows.
@@ -171,6 +172,7 @@ class Refiner(nn.Module):
             residual
             + base[0] * channels[:, _LIKELIHOOD : _LIKELIHOOD + 1].float()
             + base[1] * channels[:, _PREVIOUS : _PREVIOUS + 1].float()
+            + base[2] * channels[:, _SHAPE : _SHAPE + 1].float()
         )
 
 
