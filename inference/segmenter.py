@@ -14,7 +14,7 @@ from torch import Tensor
 from inference.case import Case, ObjectPrompts
 from inference.coarse import CoarseStage
 from inference.geometry import Triple, Window
-from inference.model.refiner import Refiner, load_refiner
+from inference.model.refiner import CHANNELS, Refiner, load_refiner
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast
@@ -35,6 +35,10 @@ from inference.resampling import resample, to_tensor, transfer
 from inference.sliding_window import Tile, sliding_window, tile_grid
 
 _BATCH = {"cpu": 8, "cuda": 32}  # windows a forward pass
+#: Log-odds that the ellipsoid in the box adds at its centre while a box is all there is (fitted on
+#: training cases): the networks so far know shapes less well than the box does.
+_SHAPE_TRUST = 5.0
+_SHAPE = CHANNELS.index("ellipsoid")
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
 _TILE = 128  # cells, edge of a window of the second pass
@@ -233,7 +237,14 @@ class Segmenter:
             if mask is not None:
                 masks[i] = mask[0]
         prompts = [window_prompts(look.prompts, look.window) for look in looks]
-        return self._network(refiner, refiner_channels(images, prompts, masks, known, coarse))
+        channels = refiner_channels(images, prompts, masks, known, coarse)
+        logits = self._network(refiner, channels)
+        trust = [
+            _SHAPE_TRUST * (look.prompts.box is not None and not mask)
+            for look, mask in zip(looks, known, strict=True)
+        ]
+        weights = torch.tensor(trust, device=logits.device)[:, None, None, None]
+        return logits + weights * channels[:, _SHAPE]
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
         """(B, 9, D, H, W) -> (B, D, H, W) float32 logits."""
