@@ -25,7 +25,7 @@ from inference.segmenter import to_voxels, window_prompts
 # Radius of an object that is known by a click alone, as a fraction of the volume's edges.
 _UNBOXED_RADIUS = 0.1
 # Share of the ellipsoid in the box that is taken for granted where seeds are needed.
-_SEED_RADIUS = 0.3
+_SEED_RADIUS = 0.5
 _SEED_CELLS = 2.5  # radius of a click; a random walker escapes from a single cell
 # Grids on which scikit-image takes about a second an object.
 _WALKER_CELLS, _GEODESIC_CELLS = 48, 48

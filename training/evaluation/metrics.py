@@ -59,11 +59,9 @@ def normalised_surface_distance(
     if mask.shape != other.shape:
         raise ValueError(f"masks of shapes {mask.shape} and {other.shape}; accepted: the same")
     mm = as_spacing(spacing)
-    surfaces = (
-        find_surface(m.voxels, 1, m.boxes.get(1), mm)
-        for m in (LabelMap.of(mask.astype(np.uint8)), LabelMap.of(other.astype(np.uint8)))
-    )
-    return surface_dice(*surfaces, mm, tolerance_mm)
+    maps = LabelMap.of(mask.astype(np.uint8)), LabelMap.of(other.astype(np.uint8))
+    first, second = (find_surface(m.voxels, 1, m.boxes.get(1), mm) for m in maps)
+    return surface_dice(first, second, mm, tolerance_mm)
 
 
 def as_spacing(spacing: Sequence[float] | NDArray[np.generic]) -> Spacing:
@@ -92,11 +90,11 @@ def score(reference: LabelMap, prediction: LabelMap, spacing: Spacing) -> Scores
         return Scores(dsc, (0.0,) * len(labels))
     nsd = []
     for label in labels:
-        surfaces = (
+        true, found = (
             find_surface(m.voxels, label, m.boxes.get(label), spacing)
             for m in (reference, prediction)
         )
-        nsd.append(surface_dice(*surfaces, spacing, TOLERANCE_MM))
+        nsd.append(surface_dice(true, found, spacing, TOLERANCE_MM))
     return Scores(dsc, tuple(nsd))
 
 
@@ -114,7 +112,7 @@ def _class_dice(reference: LabelMap, prediction: LabelMap, label: int) -> float:
     if both is not None:
         inside = prediction.voxels[both] == label
         inside &= reference.voxels[both] == label
-        common = np.count_nonzero(inside)
+        common = int(np.count_nonzero(inside))
     total = _volume(reference, label, ours) + _volume(prediction, label, theirs)
     return float(2 * common / total)
 

@@ -95,7 +95,7 @@ class Command:
             for place in (inputs, outputs):
                 place.mkdir()
                 place.chmod(0o777)  # a container's user is another
-            np.savez_compressed(inputs / name, **arrays)
+            np.savez_compressed(inputs / name, allow_pickle=True, **arrays)
             words = [
                 word.replace("{inputs}", str(inputs)).replace("{outputs}", str(outputs))
                 for word in shlex.split(self._command)

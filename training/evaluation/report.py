@@ -111,7 +111,7 @@ def _overview(results: Mapping[str, Sequence[CaseResult]]) -> str:
 def _stress(rows: Sequence[Mapping[str, Any]]) -> str:
     """What a sloppy user loses."""
     columns = [f"{m.upper()}_{c}{k}" for m in METRICS for c in ("first", "final") for k in _LOSS]
-    header = [column.replace("_", " ") for column in columns]
+    header = ["loss" if c.endswith("_loss") else c.replace("_", " ") for c in columns]
     return "\n".join(
         [
             "<h2>Sloppy prompts</h2>",
