@@ -11,6 +11,7 @@ Imports are lazy: ``--help`` and wrong arguments answer at once, and each start 
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 import tempfile
@@ -84,6 +85,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Segment a folder as the command line says; returns the exit status."""
     options = parse_arguments(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     started = time.perf_counter()
     try:
         paths = _list_cases(options.inputs)

@@ -6,6 +6,7 @@ of every kind of input is in test_predict_contract.py.
 
 from __future__ import annotations
 
+import io
 import signal
 import subprocess
 import sys
@@ -109,6 +110,16 @@ def test_repairs_are_said_on_the_line_of_the_case(stand_in, run, tmp_path):
     status, out, err = run()
     assert (status, err) == (0, [])
     assert "spacing" in out[0]
+
+
+@pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="file names are ASCII here")
+def test_a_name_that_the_terminal_cannot_write_is_escaped(stand_in, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    write_case(tmp_path / "in", "CT_é.npz")
+    assert predict.main(["--inputs", str(tmp_path / "in"), "--outputs", str(tmp_path / "out")]) == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue().startswith(b"CT_\\xe9.npz: 6x8x10")
 
 
 def test_one_bad_case_stops_no_other(stand_in, run, tmp_path):

@@ -68,7 +68,7 @@ class Config:
         """
         values: dict[str, object] = {}
         if path is not None:
-            values.update(yaml.safe_load(path.read_text()) or {})
+            values.update(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
         for pair in overrides:
             key, equals, value = pair.partition("=")
             if not equals:

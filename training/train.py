@@ -33,7 +33,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     config = Config.load(args.config, args.set)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    (args.out / "config.yaml").write_text(
+        yaml.safe_dump(dataclasses.asdict(config)), encoding="utf-8"
+    )
     torch.manual_seed(config.seed)
     model = Refiner(RefinerConfig()).to(args.device)
     if args.init:

@@ -153,7 +153,7 @@ def main() -> int:
         print("".join(f"{row.get(column, '')!s:>18}" for column in columns))
         row |= {"threads": options.threads, "torch": torch.__version__, "device": where}
     RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
+    with RESULTS.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -165,7 +165,7 @@ def main() -> int:
 def processor() -> str:
     """The processor's name, where Linux tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

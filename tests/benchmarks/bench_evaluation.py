@@ -98,7 +98,7 @@ def main() -> int:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
     }
-    with target.open("w", newline="") as file:
+    with target.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(row), lineterminator="\n")
         writer.writeheader()
         writer.writerow(row)

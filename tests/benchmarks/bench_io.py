@@ -58,7 +58,7 @@ def measure(folder: Path, name: str, repeats: int) -> None:
         wall.append(time.perf_counter() - started[0])
         cpu.append(time.process_time() - started[1])
     # getrusage's maximum outlives exec: it would be that of the process that started this one.
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024 / 1e6
     saved = folder / "saved.npz"
     print(min(wall), min(cpu), peak, saved.stat().st_size if name.startswith("save") else 0)
@@ -120,7 +120,7 @@ def main() -> int:
         )
     results = HERE / "results" / "io.csv"
     results.parent.mkdir(exist_ok=True)
-    with results.open("w", newline="") as file:
+    with results.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

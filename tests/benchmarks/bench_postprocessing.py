@@ -91,7 +91,7 @@ def main() -> int:
         )
     results = HERE / "results" / "postprocessing.csv"
     results.parent.mkdir(exist_ok=True)
-    with results.open("w", newline="") as file:
+    with results.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

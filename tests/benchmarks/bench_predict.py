@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="processes a case")
     options = parser.parse_args()
     results = CHECKOUT / "tests" / "benchmarks" / "results" / "predict.csv"
-    with results.open("w", newline="") as file:
+    with results.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
             ["case", "median_s", "peak_gb", "limit_s", "share_of_limit", "runs", "torch", "cores"]

@@ -61,7 +61,7 @@ def main() -> None:
     }
     torch_wall, torch_cpu = medians["import torch"]
     results = CHECKOUT / "tests" / "benchmarks" / "results" / "start.csv"
-    with results.open("w", newline="") as file:
+    with results.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         header = ["command", "wall_s", "wall_over_torch_s", "cpu_s", "cpu_over_torch_s"]
         writer.writerow([*header, "runs", "torch", "cores"])

@@ -102,7 +102,7 @@ def check(server: Server, folder: Path) -> None:
     """All of the file is there, recorded, and nothing else is."""
     assert (folder / FILE).read_bytes() == server.content
     assert names(folder) == {FILE, "SHA256SUMS"}
-    assert (folder / "SHA256SUMS").read_text() == f"{server.sha256}  {FILE}\n"
+    assert (folder / "SHA256SUMS").read_text(encoding="utf-8") == f"{server.sha256}  {FILE}\n"
 
 
 def test_fetch_records_then_verifies(server: Server, tmp_path: Path) -> None:

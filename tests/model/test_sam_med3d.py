@@ -85,7 +85,9 @@ def close(result: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_names_and_shapes(shared_golden: Path, name: str) -> None:
-    expected = json.loads((shared_golden / "state_dict_shapes.json").read_text())[name]
+    expected = json.loads((shared_golden / "state_dict_shapes.json").read_text(encoding="utf-8"))[
+        name
+    ]
     with torch.device("meta"):
         state = build_sam_med3d(name).state_dict()
     assert {key: list(tensor.shape) for key, tensor in state.items()} == expected

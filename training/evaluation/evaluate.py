@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import itertools
 import multiprocessing
 import os
@@ -78,6 +79,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit status."""
     options = parse_arguments(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     failures = 0
     try:
         variants = _variants(options.prompts)

@@ -96,7 +96,7 @@ def _structures(path: Path, labels: list[int]) -> tuple[str, ...]:
     manifest = path.parent / "manifest.json"
     named: Mapping[str, str] = {}
     if manifest.is_file():
-        for entry in json.loads(manifest.read_text()):
+        for entry in json.loads(manifest.read_text(encoding="utf-8")):
             if entry.get("file") == path.name:
                 named = entry.get("structures") or {}
     return tuple(str(named.get(str(label), "")) for label in labels)

@@ -103,7 +103,7 @@ class Command:
             seconds, peak, status = self._run(words, log)
             written = outputs / name
             if not written.is_file():
-                tail = " ".join(log.read_text(errors="replace").split())[-300:]
+                tail = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
                 raise PredictionError(f"exit status {status}, no {name} written: {tail}")
             try:
                 with NpzFile(written) as file:
@@ -227,14 +227,14 @@ def _checked(segs: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
 def _reset_peak_memory() -> bool:
     """Start a new peak of resident memory; False where the system has none to reset."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return False
     return True
 
 
 def _peak_memory() -> int | None:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return None

@@ -70,7 +70,7 @@ def write_report(
         + "\n</body></html>\n"
     )
     part = path.with_name(f".{path.name}")
-    part.write_text(page)
+    part.write_text(page, encoding="utf-8")
     part.replace(path)
 
 

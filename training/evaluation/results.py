@@ -48,7 +48,7 @@ class RunFolder:
             for path in self._cases.iterdir():
                 path.unlink()
         if self._settings.is_file():
-            before = json.loads(self._settings.read_text())
+            before = json.loads(self._settings.read_text(encoding="utf-8"))
             differing = [k for k in {*before, *settings} if before.get(k) != settings.get(k)]
             if differing:
                 changes = ", ".join(
@@ -67,7 +67,7 @@ class RunFolder:
 
     def settings(self) -> dict[str, Any]:
         """What the run depends on."""
-        return dict(json.loads(self._settings.read_text()))
+        return dict(json.loads(self._settings.read_text(encoding="utf-8")))
 
     def save(self, result: CaseResult, segs: NDArray[np.uint8]) -> None:
         """Keep a finished case."""
@@ -82,7 +82,11 @@ class RunFolder:
     def load(self, name: str) -> CaseResult | None:
         """A finished case, or None."""
         path = self._json(name)
-        return CaseResult.from_json(json.loads(path.read_text())) if path.is_file() else None
+        return (
+            CaseResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+            if path.is_file()
+            else None
+        )
 
     def results(self) -> list[CaseResult]:
         """The cases of the official table, in its order."""
@@ -118,14 +122,14 @@ def list_runs(folder: Path) -> list[RunFolder]:
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a table as text."""
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys; floats in full, so that reading gives them back exactly."""
     part = path.with_name(f".{path.name}")
-    with part.open("w", newline="") as file:
+    with part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -191,7 +191,7 @@ def test_report_holds_everything(cases, tmp_path, capsys):
     arguments = ["--cases", str(cases), "--out", str(tmp_path), "--predictor", "ellipsoid"]
     assert main([*arguments, "--compare", compared, "--prompts", "exact,no-box"]) == 0
     assert "sign test p" in capsys.readouterr().out
-    page = (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for heading in ("All runs", "Sloppy prompts", "Against the compared run", ">box<", "ellipsoid"):
         assert heading in page
     assert page.count("data:image/png;base64,") == 6
@@ -202,7 +202,7 @@ def test_report_holds_everything(cases, tmp_path, capsys):
 
 def official(path: Path, finals: dict[str, float]) -> Path:
     columns = ("DSC_1", "DSC_AUC", "DSC_Final", "NSD_1", "NSD_AUC", "NSD_Final")
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["CaseName", *columns])
         writer.writerows([name, *[value] * 6] for name, value in finals.items())

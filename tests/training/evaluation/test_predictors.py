@@ -136,7 +136,7 @@ def test_image_is_started_as_the_challenge_starts_it(tmp_path, monkeypatch, arra
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(PredictionError, match="exit status 125"):
         Image("sammed3d:latest", gpu=gpu)(arrays, "CT_case.npz")
-    words = (tmp_path / "arguments").read_text().splitlines()
+    words = (tmp_path / "arguments").read_text(encoding="utf-8").splitlines()
     assert words[:2] == ["container", "run"]
     assert ("--gpus" in words) == gpu
     assert words[words.index("-m") + 1] == "32G"
