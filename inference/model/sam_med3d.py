@@ -200,7 +200,7 @@ class SamMed3D(nn.Module):
 
         Returns:
             Logits (B, 1 or 3, S/4, S/4, S/4), positive inside the object, and the predicted
-            intersection over union of each (B, 1 or 3). Memory is about 25 MB a prompt for the
+            intersection over union of each (B, 1 or 3). Memory is about 13 MB a prompt for the
             128^3 networks: split a large batch.
 
         Raises:
