@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import cc3d
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from inference.case import Click, ObjectPrompts
 from inference.geometry import Triple, Window, window_around
+from inference.resampling import resample
 
 #: Region of interest in boxes (DCM's recipe).
 BOX_SCALE = 1.8
@@ -21,7 +23,8 @@ ZOOM = 1.5
 #: whole heads and bodies).
 FIRST_LOOKS = ((0.3, 1.0), (0.5, 1.1), (0.9, 0.9))
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
-_SURE = 100.0  # a click outvotes every network; newer clicks a little more
+#: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.
+SURE = 100.0
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,25 @@ def fine_shape(window: Window, tile: int, tiles: int, multiple: int) -> Triple:
     return z, y, x
 
 
+def to_voxels(logits: Tensor, window: Window, label: int, volume: Triple) -> ObjectLogits:
+    """Logits of a window's grid at the voxels of the volume, cut to where they may be positive."""
+    box = bounding_box((logits > 0).cpu().numpy())
+    if box is None:
+        return ObjectLogits(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
+    keep, start = [], []
+    for a, b, cell, w, s, n in zip(
+        box[0], box[1], window.cell, window.start, window.size, volume, strict=True
+    ):
+        # One cell around, since interpolation spreads that far; then only what the volume has.
+        low = max(int((a - 1) * cell) - 1, -w, 0)
+        high = min(int(np.ceil((b + 1) * cell)) + 1, n - w, s)
+        keep.append(slice(low, max(low, high)))
+        start.append(w + low)
+    place = (keep[0], keep[1], keep[2])
+    voxels = resample(logits[None], window.size, place)[0].cpu().numpy()
+    return ObjectLogits(label, (start[0], start[1], start[2]), voxels)
+
+
 def honour_clicks(result: ObjectLogits, clicks: Sequence[Click]) -> ObjectLogits:
     """Logits in which every click has its way: its voxel is far above or below zero.
 
@@ -187,18 +209,18 @@ def honour_clicks(result: ObjectLogits, clicks: Sequence[Click]) -> ObjectLogits
     size = tuple(b - a for a, b in zip(low, high, strict=True))
     logits = result.logits
     if size != logits.shape:
-        logits = np.full(size, -_SURE, np.float32)
+        logits = np.full(size, -SURE, np.float32)
         if own:
             place = tuple(
                 slice(s - a, s - a + n)
                 for s, a, n in zip(result.start, low, result.logits.shape, strict=True)
             )
             logits[place] = result.logits
-    np.clip(logits, -_SURE, _SURE, out=logits)
+    np.clip(logits, -SURE, SURE, out=logits)
     for age, click in enumerate(clicks):
         index = tuple(p - a for p, a in zip(click.position, low, strict=True))
         if all(0 <= i < n for i, n in zip(index, size, strict=True)):
-            logits[index] = (_SURE + 1 + age) * (1 if click.positive else -1)
+            logits[index] = (SURE + 1 + age) * (1 if click.positive else -1)
     return ObjectLogits(result.label, low, logits)
 
 
