@@ -1,59 +1,134 @@
-"""Write a checkpoint's averaged refiner as a weights file that inference reads.
+"""Write trained networks as the weights file that inference reads, and their figures beside it.
 
-``python -m training.export --checkpoint RUN/checkpoint.pt --out weights/default.safetensors``
+    python -m training.export --checkpoint RUN/checkpoint.pt --out weights/default.safetensors
+    python -m training.export ... --figures box=EVALUATION/summary.csv --card weights/MODEL_CARD.md
+
+The file holds the averaged network in half precision, with its configuration and that of the run
+as metadata; equal checkpoints give equal bytes. Its SHA-256 is listed in the ``SHA256SUMS`` beside
+it. Two checkpoints, of a refiner and of a SAM-Med3D, make a bundle of both. Figures are taken from
+the summaries of evaluations of exactly this file (``training/model_card.py``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from inference.model.refiner import Refiner, RefinerConfig, load_refiner
-from inference.model.weights import save_weights
+from inference.model.refiner import load_refiner
+from inference.model.sam_med3d import load_sam_med3d
+from inference.model.weights import save_weights, sha256_of
+from training.initial_weights import TrainedNetwork, read_checkpoint
+from training.model_card import Figures, read_figures, write_figures
+
+_LARGEST_HALF = torch.finfo(torch.float16).max
+_SUMS = "SHA256SUMS"
 
 
-def export(checkpoint: Path, out: Path, notes: dict[str, str]) -> None:
-    """Store the exponential moving average in half precision, with what it is and how it came.
+def export(checkpoints: Sequence[Path], out: Path, notes: Mapping[str, str]) -> None:
+    """Store exponential moving averages in half precision, with what they are and how they came.
 
     Args:
-        checkpoint: written by ``training/trainer.py``.
-        out: ends in ``.safetensors``.
-        notes: further metadata, such as data and figures.
+        checkpoints: written by training, one a kind of network.
+        out: ends in ``.safetensors``; its folder exists. Replaced only by a whole file.
+        notes: further metadata, such as the data.
+
+    Raises:
+        ValueError: a file is no checkpoint, two are of one kind, or weights are beyond what half
+            precision holds.
     """
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    config = RefinerConfig.from_json(json.dumps(state["refiner"]))
-    model = Refiner(config)
-    model.load_state_dict(state["average"])
-    metadata = {
-        "refiner": config.to_json(),
-        "training": json.dumps(
-            {
-                "config": state["config"],
-                "steps": state["step"],
-                "windows": state["windows"],
-                "minutes": round(state["minutes"], 1),
-            }
-        ),
-        **notes,
-    }
-    tensors = {f"refiner.{name}": tensor for name, tensor in model.state_dict().items()}
-    save_weights(out, tensors, metadata, dtype=torch.float16)
-    load_refiner(out)  # what was written can be read
+    networks: dict[str, TrainedNetwork] = {}
+    for path in checkpoints:
+        network = read_checkpoint(path)
+        if network.kind in networks:
+            raise ValueError(f"{path}: another {network.kind}; accepted: one network of a kind")
+        networks[network.kind] = network
+        for name, tensor in network.state.items():
+            if not (tensor.abs() <= _LARGEST_HALF).all():  # NaN compares false, too
+                raise ValueError(
+                    f"{path}: {name} holds NaN, infinity or more than {_LARGEST_HALF:g}; accepted: "
+                    "what half precision can store"
+                )
+    metadata = dict(notes)
+    tensors = {}
+    for kind, network in networks.items():
+        metadata[kind] = network.config.to_json()
+        # A file with one network has its history under "training".
+        key = "training" if len(networks) == 1 else f"{kind}_training"
+        training = dict(network.training)
+        if "minutes" in training:
+            training["minutes"] = round(training["minutes"], 1)
+        metadata[key] = json.dumps(training)
+        tensors |= {f"{kind}.{name}": tensor for name, tensor in network.state.items()}
+    trial = out.with_name(f".{os.getpid()}.{out.name}")  # unlisted, so that nothing is compared
+    try:
+        save_weights(trial, tensors, metadata, dtype=torch.float16)
+        for kind in networks:  # what was written can be read
+            (load_refiner if kind == "refiner" else load_sam_med3d)(trial)
+        digest = sha256_of(trial)
+        trial.replace(out)
+    finally:
+        trial.unlink(missing_ok=True)
+    list_sha256(out, digest)
 
 
-def main() -> None:
-    """Parse the command line and export."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--note", nargs="*", default=[], metavar="KEY=TEXT")
-    args = parser.parse_args()
-    export(args.checkpoint, args.out, dict(note.split("=", 1) for note in args.note))
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+def list_sha256(path: Path, digest: str) -> None:
+    """List a file in the ``SHA256SUMS`` beside it, in the place of what was listed for its name."""
+    sums = path.with_name(_SUMS)
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
+    kept = [line for line in lines if line.startswith("#") or line[66:] != path.name]
+    temporary = sums.with_name(f".{_SUMS}.{os.getpid()}")
+    temporary.write_text("\n".join([*kept, f"{digest}  {path.name}", ""]), encoding="utf-8")
+    temporary.replace(sums)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 1 after an error (one line on stderr)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, action="append", help="twice for a bundle"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="NAME.safetensors")
+    parser.add_argument("--note", nargs="*", default=[], type=_note, metavar="KEY=TEXT")
+    parser.add_argument(
+        "--figures",
+        action="append",
+        default=[],
+        type=Figures.parse,
+        metavar="[NAME=]CSV",
+        help="summary.csv of an evaluation of these weights, and a heading for it",
+    )
+    parser.add_argument("--card", type=Path, help="Markdown file the figures are written into")
+    options = parser.parse_args(arguments)
+    if bool(options.figures) != bool(options.card):
+        parser.error("--figures and --card go together")
+    try:
+        export(options.checkpoint, options.out, dict(options.note))
+        print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB", flush=True)
+        if options.card:
+            write_figures(options.card, options.out, read_figures(options.figures, options.out))
+            print(options.card)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _note(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: KEY=TEXT")
+    return key, value
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Exported weights are the average, in half precision, listed by hash; figures are measured."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference.model.refiner import Refiner, load_refiner
+from inference.model.sam_med3d import SamMed3D, load_sam_med3d
+from inference.model.weights import read_metadata, sha256_of, verify_weights
+from tests.phantoms import challenge_case, write_npz
+from tests.training.test_initial_weights import SAM, TINY, noisy, write_checkpoint
+from training.evaluation.evaluate import main as evaluate
+from training.export import main as export
+from training.model_card import BEGIN, END, Figures
+from training.model_card import main as model_card
+
+
+def run(*words: object) -> int:
+    return export([str(word) for word in words])
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "checkpoint.pt", noisy(Refiner(TINY)))
+
+
+def test_the_average_is_exported_in_half_precision(tmp_path: Path, checkpoint: Path) -> None:
+    out = tmp_path / "w.safetensors"
+    assert run("--checkpoint", checkpoint, "--out", out, "--note", "data=three cases") == 0
+    average = torch.load(checkpoint, weights_only=True)["average"]
+    for name, tensor in load_refiner(out).state_dict().items():
+        assert torch.equal(tensor, average[name].half().float())
+    metadata = read_metadata(out)
+    training = json.loads(metadata["training"])
+    assert metadata["data"] == "three cases"
+    assert (training["steps"], training["windows"], training["minutes"]) == (7, 14, 0.1)
+    assert training["config"]["batch"] == 2
+    first = out.read_bytes()
+    assert run("--checkpoint", checkpoint, "--out", out, "--note", "data=three cases") == 0
+    assert out.read_bytes() == first
+
+
+def test_the_hash_is_listed_once(tmp_path: Path, checkpoint: Path) -> None:
+    """Also where an older file of the name is listed: that line would refuse the new file."""
+    sums = tmp_path / "SHA256SUMS"
+    other = f"{'ab' * 32}  other.safetensors"
+    sums.write_text(f"# by hand\n{'00' * 32}  w.safetensors\n{other}\n")
+    out = tmp_path / "w.safetensors"
+    for _ in range(2):
+        assert run("--checkpoint", checkpoint, "--out", out) == 0
+        lines = sums.read_text().splitlines()
+        assert lines == ["# by hand", other, f"{sha256_of(out)}  w.safetensors"]
+    assert verify_weights(out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "SHA256SUMS",
+        "checkpoint.pt",
+        "w.safetensors",
+    ]
+
+
+def test_two_checkpoints_make_a_bundle(tmp_path: Path, checkpoint: Path) -> None:
+    network = noisy(SamMed3D(SAM))
+    sam = write_checkpoint(tmp_path / "sam.pt", network)
+    out = tmp_path / "both.safetensors"
+    assert run("--checkpoint", checkpoint, "--checkpoint", sam, "--out", out) == 0
+    assert load_refiner(out).config == TINY
+    loaded = load_sam_med3d(out)
+    assert loaded.config == SAM
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+    assert {"refiner_training", "sam_training"} <= set(read_metadata(out))
+
+
+def test_what_cannot_be_exported_is_refused(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = noisy(Refiner(TINY))
+    with torch.no_grad():
+        broken.stem.weight[0, 0] = float("nan")
+    nan = write_checkpoint(tmp_path / "nan.pt", broken)
+    out = tmp_path / "w.safetensors"
+    assert run("--checkpoint", checkpoint, "--out", out) == 0
+    before = out.read_bytes(), (tmp_path / "SHA256SUMS").read_bytes()
+    capsys.readouterr()
+    for words, message in (
+        (["--checkpoint", nan, "--out", out], "stem.weight holds NaN, infinity or more than 65504"),
+        (["--checkpoint", checkpoint, "--checkpoint", checkpoint, "--out", out], "another refiner"),
+        (["--checkpoint", checkpoint, "--out", tmp_path / "w.pt"], "named *.safetensors"),
+        (["--checkpoint", out, "--out", out], "accepted: a checkpoint of training"),
+        (["--checkpoint", tmp_path / "no.pt", "--out", out], "No such file"),
+    ):
+        assert run(*words) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert (out.read_bytes(), (tmp_path / "SHA256SUMS").read_bytes()) == before
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A checkpoint, its weights, and the summary of an evaluation of them and of a baseline."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    torch.manual_seed(0)
+    untrained = Refiner(dataclasses.replace(TINY, window=16))
+    checkpoint = write_checkpoint(folder / "checkpoint.pt", untrained)
+    weights = folder / "w.safetensors"
+    assert run("--checkpoint", checkpoint, "--out", weights) == 0
+    (folder / "cases").mkdir()
+    for modality in ("CT", "MR"):
+        case = challenge_case((6, 14, 12), 1, modality, seed=3)
+        write_npz(folder / "cases" / f"{modality}_phantom_1.npz", case)
+    words = ["--cases", folder / "cases", "--out", folder / "evaluation", "--no-report"]
+    words += ["--predictor", "segmenter,ellipsoid", "--weights", weights, "--device", "cpu"]
+    assert evaluate([str(word) for word in words]) == 0
+    return checkpoint, weights, folder / "evaluation" / "summary.csv"
+
+
+def test_figures_are_those_of_the_evaluation(
+    tmp_path: Path, evaluation: tuple[Path, Path, Path]
+) -> None:
+    checkpoint, weights, summary = evaluation
+    card = tmp_path / "CARD.md"
+    card.write_text(f"# Mine\n\nBefore.\n\n{BEGIN}\nold figures .999\n{END}\n\nAfter.\n")
+    words = ["--checkpoint", checkpoint, "--out", weights, "--card", card]
+    assert run(*words, "--figures", f"with-boxes={summary}") == 0
+    text = card.read_text()
+    assert text.startswith(f"# Mine\n\nBefore.\n\n{BEGIN}\n\n`w.safetensors`, ")
+    assert text.endswith(f"\n\n{END}\n\nAfter.\n")
+    assert "old figures" not in text and sha256_of(weights) in text
+    assert "**With boxes.** 2 cases; post-processing: off." in text
+    assert "7 steps, 14 windows, 0 minutes" in text
+
+    printed = {}
+    for line in text.splitlines():
+        if match := re.match(r"\| ([^|]+) \| [12]? ?\| ?(.*) \|$", line):
+            printed.setdefault(match[1], match[2].split(" | "))
+    with summary.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    turns = ["box", *(f"click {n}" for n in range(1, 6)), "AUC"]
+    for run_name, group, title in (
+        ("segmenter", "CT", "CT"),
+        ("segmenter", "cases", "mean of cases"),
+        ("ellipsoid", "mean of modalities", "ellipsoid, mean of modalities"),
+    ):
+        expected = {
+            row["round"]: f"{float(row['mean']):.3f}"
+            for row in rows
+            if (row["run"], row["group"], row["metric"]) == (run_name, group, "DSC")
+        }
+        assert printed[title] == [expected[turn] for turn in turns]
+
+    again = card.read_text()
+    words = ["--weights", weights, "--card", card, "--figures", f"with-boxes={summary}"]
+    assert model_card([str(word) for word in words]) == 0
+    assert card.read_text() == again
+
+
+def test_a_card_is_begun_where_there_is_none(
+    tmp_path: Path, evaluation: tuple[Path, Path, Path]
+) -> None:
+    _, weights, summary = evaluation
+    card = tmp_path / "NEW.md"
+    words = ["--weights", weights, "--card", card, "--figures", summary]
+    assert model_card([str(word) for word in words]) == 0
+    assert card.read_text().startswith("# Weights: `w.safetensors`\n")
+    assert "\n2 cases; post-processing: off" in card.read_text()
+
+
+def test_figures_of_other_weights_are_refused(
+    tmp_path: Path, evaluation: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, weights, summary = evaluation
+    other = tmp_path / "other.safetensors"
+    newer = write_checkpoint(tmp_path / "newer.pt", noisy(Refiner(TINY)))
+    assert run("--checkpoint", newer, "--out", other) == 0
+    (tmp_path / "no.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "bare.md").write_text("no markers\n")
+    (tmp_path / "twice.md").write_text(f"{BEGIN}\n{END}\n" * 2)
+    capsys.readouterr()
+    for weights_file, figures, card, message in (
+        (other, summary, "c.md", f"0 runs of weights {sha256_of(other)[:12]} alone (segmenter: "),
+        (weights, tmp_path / "no.csv", "c.md", "accepted: a summary.csv of training.evaluation"),
+        (weights, summary, "bare.md", "bare.md: accepted: one line '<!-- figures: begin"),
+        (weights, summary, "twice.md", "twice.md: accepted: one line"),
+    ):
+        words = ["--weights", weights_file, "--card", tmp_path / card, "--figures", figures]
+        assert model_card([str(word) for word in words]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "c.md").exists()
+    assert (tmp_path / "bare.md").read_text() == "no markers\n"
+
+
+def test_headings_of_figures(tmp_path: Path) -> None:
+    assert Figures.parse("a/summary.csv") == Figures("", Path("a/summary.csv"))
+    assert Figures.parse("no-box=a/s.csv") == Figures("no box", Path("a/s.csv"))
+    odd = tmp_path / "a=b.csv"
+    odd.touch()
+    assert Figures.parse(str(odd)) == Figures("", odd)
+
+
+def test_a_card_needs_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export(["--checkpoint", "a", "--out", "b", "--card", "c.md"])
+    assert "--figures and --card go together" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        export(["--checkpoint", "a", "--out", "b", "--note", "text"])
+    assert "accepted: KEY=TEXT" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+"""Networks out of weights files and checkpoints: what a new run starts from, what is exported.
+
+Fine-tuning may start from any of them: our own files, the public SAM-Med3D checkpoints, or a
+checkpoint of another run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inference.model.refiner import Refiner, RefinerConfig
+from inference.model.sam_med3d import SamMed3D, SamMed3DConfig, load_sam_med3d
+from inference.model.weights import find_weights, read_weights, split_prefix
+
+_CONFIGS: dict[str, type[RefinerConfig] | type[SamMed3DConfig]] = {
+    "refiner": RefinerConfig,
+    "sam": SamMed3DConfig,
+}
+#: What the same tensors may mean: a network that differs here computes something else with them.
+_MEANING = ("num_heads", "global_blocks", "window", "relative_positions", "dense_grid")
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """The averaged network of a checkpoint.
+
+    Attributes:
+        kind: ``"refiner"`` or ``"sam"``: its prefix in a weights file, and its key in the metadata.
+        config: its configuration.
+        state: its tensors by name, float32.
+        training: the run's configuration and what it has done so far (steps, windows, minutes).
+    """
+
+    kind: str
+    config: RefinerConfig | SamMed3DConfig
+    state: dict[str, Tensor]
+    training: dict[str, Any]
+
+
+def read_checkpoint(path: Path) -> TrainedNetwork:
+    """Read the exponential moving average that a training checkpoint keeps.
+
+    A checkpoint is a dict of plain values and tensors, with the average under ``average``, the
+    network's configuration under ``refiner`` or ``sam``, and the run's under ``config``.
+
+    Raises:
+        ValueError: the file is no checkpoint; nothing in it is executed.
+        OSError: it cannot be opened.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path}: not a checkpoint: {reason}") from None
+    kinds = [k for k in _CONFIGS if isinstance(state, dict) and isinstance(state.get(k), Mapping)]
+    if len(kinds) != 1 or not isinstance(state.get("average"), Mapping):
+        keys = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"{path}: received {keys}; accepted: a checkpoint of training, with 'average' and the "
+            "configuration of its network under 'refiner' or 'sam'"
+        )
+    config = _CONFIGS[kinds[0]].from_json(json.dumps(state[kinds[0]]))
+    training: dict[str, Any] = {"config": state.get("config")}
+    counts = {"step": "steps", "windows": "windows", "minutes": "minutes"}
+    training |= {name: state[key] for key, name in counts.items() if key in state}
+    return TrainedNetwork(kinds[0], config, dict(state["average"]), training)
+
+
+def initialise(model: Refiner | SamMed3D, path: Path | str, new: Sequence[str] = ()) -> list[str]:
+    """Give a network the weights of a file, in place.
+
+    Args:
+        model: the network to be trained, on any device.
+        path: a weights file or its name in ``weights/``: a ``.safetensors`` of ours, a public
+            SAM-Med3D checkpoint (``.pth`` or ``.safetensors``), or a training checkpoint.
+        new: beginnings of the names of parameters that the file may lack, hold in another shape
+            (those keep their initialisation) or hold in excess. Everything else must fit exactly.
+
+    Returns:
+        The names that kept their initialisation, sorted.
+
+    Raises:
+        ValueError: the file holds no such network, other parameters are missing, left over or of
+            another shape, or the file's tensors mean another function (see ``SamMed3DConfig``).
+        FileNotFoundError: there is no such file.
+    """
+    path = find_weights(path)
+    kind = "refiner" if isinstance(model, Refiner) else "sam"
+    config, state = _read_network(path, kind)
+    if kind == "sam":
+        for field in _MEANING:
+            theirs, ours = getattr(config, field), getattr(model.config, field)
+            if theirs != ours:
+                raise ValueError(
+                    f"{path}: its {field} is {theirs!r}, the network's {ours!r}: its tensors would "
+                    f"compute something else; accepted: a network with {field} {theirs!r}"
+                )
+    own = model.state_dict()
+    allowed = [name for name in {*own, *state} if name.startswith(tuple(new))] if new else []
+    fitting = [n for n in own if n in state and state[n].shape == own[n].shape]
+    fresh = sorted(set(own) - set(fitting))
+    problems = {
+        "missing": [n for n in fresh if n not in state and n not in allowed],
+        "of another shape": [
+            f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}"
+            for n in fresh
+            if n in state and n not in allowed
+        ],
+        "left over": sorted(n for n in state if n not in own and n not in allowed),
+    }
+    if any(problems.values()):
+        said = "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:4])}{', ...' * (len(names) > 4)})"
+            for what, names in problems.items()
+            if names
+        )
+        raise ValueError(
+            f"{path}: does not fit {type(model).__name__}: {said}; accepted: all "
+            f"{len(own)} parameters, less those named as new ({', '.join(new) or 'none are'})"
+        )
+    with torch.no_grad():
+        for name in fitting:
+            own[name].copy_(state[name])  # a state dict's tensors are the network's own
+    return fresh
+
+
+def _read_network(
+    path: Path, kind: str
+) -> tuple[RefinerConfig | SamMed3DConfig, Mapping[str, Tensor]]:
+    """Configuration and tensors of the network of a kind, from any file that may hold it."""
+    if path.suffix == ".pt":
+        try:
+            network = read_checkpoint(path)
+        except ValueError:
+            pass  # a plain state dict, as upstream's files
+        else:
+            if network.kind != kind:
+                raise ValueError(f"{path}: a checkpoint of {network.kind!r}; accepted: {kind!r}")
+            return network.config, network.state
+    if kind == "sam":
+        network_of_file: nn.Module = load_sam_med3d(path)
+        return network_of_file.config, network_of_file.state_dict()  # type: ignore[return-value]
+    state, metadata = read_weights(path)
+    if "refiner" not in metadata:
+        raise ValueError(
+            f"{path}: no refiner in it (metadata {sorted(metadata)}); accepted: a bundle with "
+            "'refiner' in its metadata, or a training checkpoint"
+        )
+    return RefinerConfig.from_json(metadata["refiner"]), split_prefix(state, "refiner.")
