@@ -31,6 +31,10 @@ class CoarseStage:
         edge = model.config.image_size
         self.shape: Triple = (edge, edge, edge)
 
+    def to(self, device: torch.device) -> None:
+        """Move the network to a device."""
+        self._model.to(device)
+
     def window(self, region: Window, spacing_mm: tuple[float, float, float]) -> Window:
         """The network's window for an object whose region of interest is ``region``."""
         if self._boxes:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inference.case import ObjectPrompts
+from inference.geometry import Window
 from inference.likelihood import likelihood_log_odds
 
 _ELLIPSOID_SLOPE = 4.0  # log-odds at the box centre; 0 on the inscribed ellipsoid
@@ -94,6 +96,27 @@ def refiner_channels(
         ),
         dim=1,
     )
+
+
+def window_prompts(prompts: ObjectPrompts, window: Window) -> WindowPrompts:
+    """An object's prompts in the grid of a window."""
+    clicks = tuple((window.to_grid(c.position), c.positive) for c in prompts.clicks)
+    box = prompts.box
+    if box is None:
+        return WindowPrompts(clicks=clicks)
+    low = window.to_grid([a - 0.5 for a in box.start])
+    high = window.to_grid([b - 0.5 for b in box.stop])
+    return WindowPrompts((low, high), window.to_grid((box.middle, 0, 0))[0], clicks)
+
+
+def shifted(prompts: WindowPrompts, tile: tuple[slice, slice, slice]) -> WindowPrompts:
+    """Prompts of a grid in the coordinates of one of its tiles."""
+    z0, y0, x0 = (place.start for place in tile)
+    clicks = tuple(((z - z0, y - y0, x - x0), positive) for (z, y, x), positive in prompts.clicks)
+    if prompts.box is None:
+        return WindowPrompts(clicks=clicks)
+    low, high = ((z - z0, y - y0, x - x0) for z, y, x in prompts.box)
+    return WindowPrompts((low, high), prompts.middle - z0, clicks)
 
 
 def normalise_window(image: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor
 from inference.case import Case, ObjectPrompts
 from inference.coarse import CoarseStage
 from inference.geometry import Triple, Window
+from inference.memory import in_parts, release_memory, windows_at_once
 from inference.model.refiner import CHANNELS, Refiner, load_refiner
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast
-from inference.prompts import WindowPrompts, refiner_channels
+from inference.prompts import refiner_channels, shifted, window_prompts
 from inference.refinement import (
     FIRST_LOOKS,
     ObjectLogits,
@@ -29,12 +30,12 @@ from inference.refinement import (
     grown_window,
     honour_clicks,
     merge,
+    to_voxels,
     touched_faces,
 )
 from inference.resampling import resample, to_tensor, transfer
 from inference.sliding_window import Tile, sliding_window, tile_grid
 
-_BATCH = {"cpu": 8, "cuda": 32}  # windows a forward pass
 #: Log-odds that the ellipsoid in the box adds at its centre while a box is all there is (fitted on
 #: training cases): the networks so far know shapes less well than the box does.
 _SHAPE_TRUST = 5.0
@@ -70,6 +71,10 @@ class Segmenter:
         coarse: SAM-Med3D in its windows, or None for the refiner alone.
         device: where to compute.
 
+    Attributes:
+        device: where the next case is computed.
+        used_device: where the last one was: the CPU, if the device had too little memory for it.
+
     Raises:
         ValueError: without any network.
     """
@@ -83,7 +88,7 @@ class Segmenter:
         """Take the networks; no image is set."""
         if refiner is None and coarse is None:
             raise ValueError("neither a refiner nor SAM-Med3D given; accepted: one or both")
-        self.device = torch.device(device)
+        self.device = self.used_device = torch.device(device)
         self._refiner = None if refiner is None else refiner.to(self.device).eval()
         self._coarse = coarse
         self._image: NDArray[np.generic] | None = None
@@ -100,10 +105,44 @@ class Segmenter:
             (D, H, W) label map; each voxel belongs to the object of the highest logit above zero.
             Every click has its way: a positive one's voxel carries its label, a negative one's
             does not (of two clicks on one voxel the newer counts).
+
+        Where a GPU's memory runs out even for one window at a time, the case is computed on the
+        CPU.
         """
         self.set_image(case.image, case.spacing_mm)
-        shape = (case.image.shape[0], case.image.shape[1], case.image.shape[2])
-        return merge(self.segment(case.objects, case.previous), shape)
+        self.used_device = self.device
+        try:
+            return self._merged(case)
+        except torch.OutOfMemoryError:
+            if self.device.type == "cpu":
+                raise
+        # Out here the exception is gone, and with it the tensors its traceback held.
+        self._move(torch.device("cpu"))
+        release_memory()
+        try:
+            return self._merged(case)
+        finally:
+            self._return(self.used_device)
+            self.used_device = torch.device("cpu")
+
+    def _merged(self, case: Case) -> NDArray[np.uint8]:
+        return merge(self.segment(case.objects, case.previous), self._volume)
+
+    def _move(self, device: torch.device) -> None:
+        self.device = device
+        if self._refiner is not None:
+            self._refiner.to(device)
+        if self._coarse is not None:
+            self._coarse.to(device)
+
+    def _return(self, device: torch.device) -> None:
+        """Move back to the GPU; stay on the CPU where others have taken its memory meanwhile."""
+        try:
+            self._move(device)
+            return
+        except torch.OutOfMemoryError:
+            pass
+        self._move(torch.device("cpu"))
 
     def segment(
         self, objects: Sequence[ObjectPrompts], previous: NDArray[np.uint8] | None = None
@@ -122,7 +161,8 @@ class Segmenter:
         """
         if self._image is None:
             raise ValueError("no image is set; call set_image first")
-        batch = _BATCH[self.device.type]
+        cells = 1 if self._refiner is None else self._refiner.config.window**3
+        batch = windows_at_once(self.device, cells)
         wanted = [o for o in objects if not o.is_empty]
         tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
         known = {} if previous is None else bounding_boxes(previous)
@@ -168,10 +208,14 @@ class Segmenter:
         self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
     ) -> None:
         """Run the network on the looks' windows, growing and shrinking them until they fit."""
+
+        def run(looks: Sequence[_Look]) -> Tensor:
+            return self._run(refiner, looks, previous)
+
         for look in looks:
             if look.others:
                 tries = [replace(look, window=w, others=()) for w in (look.window, *look.others)]
-                logits = self._run(refiner, tries, previous)
+                logits = in_parts(run, tries)
                 scores = [
                     weight * _confidence(one)
                     for one, (_, weight) in zip(logits, FIRST_LOOKS, strict=True)
@@ -179,7 +223,7 @@ class Segmenter:
                 look.window = tries[int(np.argmax(scores))].window
         pending = list(looks)
         while pending:
-            logits = self._run(refiner, pending, previous)
+            logits = in_parts(run, pending)
             again = []
             for look, values in zip(pending, logits, strict=True):
                 look.logits = values
@@ -296,14 +340,17 @@ class Segmenter:
         def predict(places: Sequence[Tile]) -> Tensor:
             channels = refiner_channels(
                 torch.stack([image[p] for p in places]),
-                [_shifted(prompts, p) for p in places],
+                [shifted(prompts, p) for p in places],
                 torch.stack([mask[p] for p in places]),
                 [True] * len(places),
                 torch.stack([coarse[p] for p in places]),
             )
             return self._network(refiner, channels)
 
-        return fine, sliding_window(shape, tiles, predict, first)
+        at_once = 1 if self.device.type == "cpu" else windows_at_once(self.device, z * y * x)
+        return fine, sliding_window(
+            shape, tiles, lambda some: in_parts(predict, some), first, at_once
+        )
 
     @classmethod
     def from_files(
@@ -347,43 +394,3 @@ def _confidence(logits: Tensor) -> float:
     probability = logits.sigmoid()
     mask = probability > 0.5
     return float(2 * probability[mask].sum() / (probability.sum() + mask.sum()).clamp_min(1e-6))
-
-
-def window_prompts(prompts: ObjectPrompts, window: Window) -> WindowPrompts:
-    """An object's prompts in the grid of a window."""
-    clicks = tuple((window.to_grid(c.position), c.positive) for c in prompts.clicks)
-    box = prompts.box
-    if box is None:
-        return WindowPrompts(clicks=clicks)
-    low = window.to_grid([a - 0.5 for a in box.start])
-    high = window.to_grid([b - 0.5 for b in box.stop])
-    return WindowPrompts((low, high), window.to_grid((box.middle, 0, 0))[0], clicks)
-
-
-def _shifted(prompts: WindowPrompts, tile: Tile) -> WindowPrompts:
-    """Prompts of a grid in the coordinates of one of its tiles."""
-    z0, y0, x0 = (place.start for place in tile)
-    clicks = tuple(((z - z0, y - y0, x - x0), positive) for (z, y, x), positive in prompts.clicks)
-    if prompts.box is None:
-        return WindowPrompts(clicks=clicks)
-    low, high = ((z - z0, y - y0, x - x0) for z, y, x in prompts.box)
-    return WindowPrompts((low, high), prompts.middle - z0, clicks)
-
-
-def to_voxels(logits: Tensor, window: Window, label: int, volume: Triple) -> ObjectLogits:
-    """Logits of a window's grid at the voxels of the volume, cut to where they may be positive."""
-    box = bounding_box((logits > 0).cpu().numpy())
-    if box is None:
-        return ObjectLogits(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
-    keep, start = [], []
-    for a, b, cell, w, s, n in zip(
-        box[0], box[1], window.cell, window.start, window.size, volume, strict=True
-    ):
-        # One cell around, since interpolation spreads that far; then only what the volume has.
-        low = max(int((a - 1) * cell) - 1, -w, 0)
-        high = min(int(np.ceil((b + 1) * cell)) + 1, n - w, s)
-        keep.append(slice(low, max(low, high)))
-        start.append(w + low)
-    place = (keep[0], keep[1], keep[2])
-    voxels = resample(logits[None], window.size, place)[0].cpu().numpy()
-    return ObjectLogits(label, (start[0], start[1], start[2]), voxels)
