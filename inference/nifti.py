@@ -29,9 +29,13 @@ if TYPE_CHECKING:
 CT_WINDOWS = {"soft": (400, 40), "lung": (1500, -160), "brain": (80, 40), "bone": (1800, 400)}
 """Width and level in Hounsfield units, as the challenge's images were made."""
 
+AXIAL = "LPS"
+"""Orientation of a case: its x to the left, y to the back, z to the head."""
+
 PERCENTILES = (0.5, 99.5)
 """What other modalities are clipped to (the challenge's too)."""
 
+_UNEVEN = 0.05  # of the distance of slices
 _TOLERANCE = 1e-3  # mm, and of direction cosines: headers hold float32
 
 
@@ -51,10 +55,7 @@ def read_volume(path: Path | str, series: str | None = None) -> sitk.Image:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     try:
-        if path.is_dir():
-            image = sitk.ReadImage(_series_files(path, series))
-        else:
-            image = sitk.ReadImage(str(path))
+        image = _read_series(path, series) if path.is_dir() else sitk.ReadImage(str(path))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{path}: cannot be read as an image ({reason})") from None
@@ -69,7 +70,8 @@ def read_volume(path: Path | str, series: str | None = None) -> sitk.Image:
     return image
 
 
-def _series_files(folder: Path, series: str | None) -> list[str]:
+def _read_series(folder: Path, series: str | None) -> sitk.Image:
+    """A DICOM series; refused where slices are missing, which ITK would spread over the others."""
     import SimpleITK as sitk
 
     found = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
@@ -79,7 +81,22 @@ def _series_files(folder: Path, series: str | None) -> list[str]:
         received = f"series {series}" if series else f"{len(found)} DICOM series"
         choice = f" (choose one of {', '.join(found)})" if found else ""
         raise ValueError(f"{folder}: received {received}; accepted: one DICOM series{choice}")
-    return list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series))
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
+    positions = []
+    reader = sitk.ImageFileReader()
+    for name in files:
+        reader.SetFileName(name)
+        reader.ReadImageInformation()
+        positions.append(reader.GetOrigin()[:3])
+    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+    if steps.size and np.ptp(steps) > _UNEVEN * np.median(steps):
+        widest = int(steps.argmax())
+        raise ValueError(
+            f"{folder}: received slices {np.median(steps):g} mm apart, but {steps[widest]:g} mm "
+            f"between {Path(files[widest]).name} and {Path(files[widest + 1]).name}; accepted: "
+            "evenly spaced slices (are some missing?)"
+        )
+    return sitk.ReadImage(files)
 
 
 def to_uint8(volume: NDArray[Any], window: tuple[float, float] | None = None) -> NDArray[np.uint8]:
@@ -130,15 +147,14 @@ def to_case(
     Raises:
         ValueError: if labels lie on another grid, there are more than 255, or a prompt is outside.
     """
-    turned = _turned(image, "LPS")
+    turned = _turned(image, AXIAL)
     case: dict[str, NDArray[Any]] = {
         "imgs": to_uint8(_array(turned), window),
         "spacing": np.array(turned.GetSpacing()),
     }
     stored: list[dict[str, int]] = []
     if labels is not None:
-        _check_same_grid(image, labels)
-        case["gts"] = _renumbered(_array(_turned(labels, "LPS")))
+        case["gts"] = renumbered(axial_labels(labels, image))
         classes = range(1, int(case["gts"].max()) + 1)
         stored = [stored_box(case["gts"] == label) for label in classes]
     for x0, x1, y0, y1, z0, z1 in boxes:
@@ -179,7 +195,7 @@ def to_image(label_map: NDArray[np.uint8], source: sitk.Image) -> sitk.Image:
     """
     import SimpleITK as sitk
 
-    turned = _turned(source, "LPS")
+    turned = _turned(source, AXIAL)
     if label_map.shape != turned.GetSize()[::-1]:
         raise ValueError(
             f"received a label map of shape {label_map.shape}; accepted: "
@@ -187,11 +203,29 @@ def to_image(label_map: NDArray[np.uint8], source: sitk.Image) -> sitk.Image:
         )
     image = sitk.GetImageFromArray(label_map)
     image.CopyInformation(turned)
-    code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(source.GetDirection())
-    result = _turned(image, code)
+    result = _turned(image, orientation_of(source))
     _check_same_grid(source, result)
     result.CopyInformation(source)  # without the rounding of the origin on the way
     return result
+
+
+def orientation_of(image: sitk.Image) -> str:
+    """Where its axes point, nearest to: ``"RAS"`` for x to the right, y to the front, z up."""
+    import SimpleITK as sitk
+
+    direction = image.GetDirection()
+    code: str = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction)
+    return code
+
+
+def axial_labels(labels: sitk.Image, image: sitk.Image) -> NDArray[Any]:
+    """A label map as (D, H, W) in the grid of ``to_case(image)``, labels as they are.
+
+    Raises:
+        ValueError: if it lies on another grid than the image.
+    """
+    _check_same_grid(image, labels)
+    return _array(_turned(labels, AXIAL))
 
 
 def _turned(image: sitk.Image, orientation: str) -> sitk.Image:
@@ -218,7 +252,8 @@ def _turned_index(
     return int(z), int(y), int(x)
 
 
-def _renumbered(labels: NDArray[Any]) -> NDArray[np.uint8]:
+def renumbered(labels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Labels 1..N in ascending order of those there are; ValueError for none or over 255."""
     values = np.unique(labels)
     names = values[values != 0]
     if not 1 <= len(names) <= 255 or not np.array_equal(names, np.rint(names)) or names[0] < 0:

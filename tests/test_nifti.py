@@ -253,6 +253,17 @@ def test_a_dicom_series_is_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture
     assert read_volume(tmp_path / "dicom", "1.2.3.5").GetSize() == image.GetSize()
 
 
+def test_a_series_with_a_gap_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """ITK would spread the slices that are left over the whole range."""
+    image = sitk.Cast(blobs(DIRECTIONS["oblique"]), sitk.sitkInt16)
+    write_series(tmp_path / "dicom", image, "1.2.3.4")
+    (tmp_path / "dicom" / "1.2.3.4-95.dcm").unlink()
+    message = r"slices 1 mm apart, but 2 mm between 1\.2\.3\.4-96\.dcm and 1\.2\.3\.4-94\.dcm"
+    with pytest.raises(ValueError, match=message):
+        read_volume(tmp_path / "dicom")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_fourth_axis_of_one_is_no_matter(tmp_path: Path) -> None:
     volume = blobs(np.eye(3))
     sitk.WriteImage(sitk.JoinSeries([volume]), str(tmp_path / "a.nii.gz"))
