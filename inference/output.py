@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -46,8 +47,10 @@ def save_segmentation(path: Path | str, label_map: NDArray[np.uint8]) -> None:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` on leaving, or vanishes after an error."""
     # Not tempfile's: its files can be read by their owner only, and in a container the owner is
-    # not the user who waits for the result. Opened anew where a crash left one behind.
-    temporary = path.parent / f".{os.getpid()}-{threading.get_ident()}.npz.part"
+    # not the user who waits for the result. Opened anew where a crash left one behind. The name
+    # counts too: on other machines, and in every container, processes have the same numbers.
+    case = zlib.crc32(os.fsencode(path.name))
+    temporary = path.parent / f".{case:08x}-{os.getpid()}-{threading.get_ident()}.npz.part"
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
     descriptor = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666)
     try:

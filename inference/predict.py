@@ -74,6 +74,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="paper: the five steps of the paper (default: %(default)s)",
     )
     parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        default=(1, 1),
+        help="only every N-th case, from the I-th on (1 to N): one of N jobs on the same folders",
+    )
+    parser.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="leave out cases whose result is there already, to go on where a run ended",
+    )
+    parser.add_argument(
         "--threads", type=_positive, metavar="N", help="CPU threads (default: as many as cores)"
     )
     parser.add_argument(
@@ -89,10 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     started = time.perf_counter()
     try:
-        paths = _list_cases(options.inputs)
+        paths = list_cases(options.inputs, options.shard)
         _prepare_folder(options.outputs, options.inputs)
         if options.overlay is not None:
             _prepare_folder(options.overlay, options.inputs)
+        listed = len(paths)
+        if options.skip_existing:
+            paths = [path for path in paths if not (options.outputs / path.name).exists()]
+        if not paths:  # nothing left to do: torch need not be imported to say so
+            print(f"0 of 0 cases{_skipped(listed)}; results in {options.outputs}")
+            return ALL_WRITTEN
         segmenter = _build_segmenter(options)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -111,18 +129,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(line, sys.stdout)
             continue
         # Out here the exception is gone, and with it the tensors its traceback held.
-        _release_memory(segmenter)
+        from inference.memory import release_memory
+
+        release_memory()
 
     print(
         f"{len(paths) - failed} of {len(paths)} cases in {time.perf_counter() - started:.1f} s "
-        f"({start_up:.1f} s start-up); results in {options.outputs}"
+        f"({start_up:.1f} s start-up){_skipped(listed - len(paths))}; results in {options.outputs}"
         + (f", overlays in {options.overlay}" if options.overlay is not None else ""),
         flush=True,
     )
     return SOME_FAILED if failed else ALL_WRITTEN
 
 
-def _list_cases(inputs: Path) -> list[Path]:
+def list_cases(inputs: Path, shard: tuple[int, int] = (1, 1)) -> list[Path]:
+    """The cases of a folder, in the order of their names.
+
+    Args:
+        inputs: the folder.
+        shard: (I, N): only the I-th, the (I + N)-th and so on, counted from 1. The N shards share
+            all cases among them; one may be empty.
+
+    Raises:
+        StartError: no such folder, or no case in it.
+    """
     try:
         names = sorted(inputs.iterdir())
     except OSError as error:
@@ -130,7 +160,7 @@ def _list_cases(inputs: Path) -> list[Path]:
     paths = [path for path in names if path.suffix == ".npz" and not path.name.startswith(".")]
     if not paths:
         raise StartError(f"inputs folder {inputs}: no .npz file among {len(names)} entries")
-    return paths
+    return paths[shard[0] - 1 :: shard[1]]
 
 
 def _prepare_folder(folder: Path, inputs: Path) -> None:
@@ -194,7 +224,7 @@ def _segment_file(path: Path, segmenter: Segmenter, options: argparse.Namespace)
 
         picture = draw_overlay(case.image, label_map, case.spacing_mm)
         save_png(options.overlay / f"{path.stem}.png", picture)
-    return _report(case, label_map, seconds, str(segmenter.device))
+    return _report(case, label_map, seconds, str(segmenter.used_device))
 
 
 def _report(case: Case, label_map: NDArray[np.uint8], seconds: float, device: str) -> str:
@@ -230,12 +260,18 @@ def _in_one_line(path: Path, error: Exception) -> str:
     return message if path.name in message else f"{path.name}: {message}"
 
 
-def _release_memory(segmenter: Segmenter) -> None:
-    """Give back what a failed case left in torch's cache, so that the next one can have it."""
-    if segmenter.device.type == "cuda":
-        import torch
+def _skipped(number: int) -> str:
+    return f", {number} skipped" if number else ""
 
-        torch.cuda.empty_cache()
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        number, total = (int(part) for part in text.split("/"))
+    except ValueError:
+        number = total = 0
+    if not 1 <= number <= total:
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: I/N with 1 <= I <= N, such as 2/8")
+    return number, total
 
 
 def _positive(text: str) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,12 @@ def test_a_folder_and_an_older_result_of_somebody_else() -> None:
         shutil.rmtree(folder)
 
 
+def temporary_name(name: str) -> str:
+    return f".{zlib.crc32(name.encode()):08x}-{os.getpid()}-{threading.get_ident()}.npz.part"
+
+
 def test_a_left_over_temporary_file_is_in_nobodys_way(tmp_path: Path) -> None:
-    left = tmp_path / f".{os.getpid()}-{threading.get_ident()}.npz.part"
+    left = tmp_path / temporary_name("a.npz")
     left.write_bytes(b"x" * 100_000)
     save_segmentation(tmp_path / "a.npz", LABELS)
     np.testing.assert_array_equal(load(tmp_path / "a.npz"), LABELS)
@@ -188,7 +193,7 @@ def test_a_left_over_temporary_file_is_in_nobodys_way(tmp_path: Path) -> None:
 def test_a_link_of_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_text("precious")
-    (tmp_path / f".{os.getpid()}-{threading.get_ident()}.npz.part").symlink_to(target)
+    (tmp_path / temporary_name("a.npz")).symlink_to(target)
     with pytest.raises(OSError):
         save_segmentation(tmp_path / "a.npz", LABELS)
     assert target.read_text(encoding="utf-8") == "precious"

@@ -38,7 +38,7 @@ class StandIn:
     """Gives class 1 the first half of the slices and class 2 the rest; fails where told to."""
 
     def __init__(self, faults: dict[str, Exception] | None = None) -> None:
-        self.device = torch.device("cpu")
+        self.used_device = torch.device("cpu")
         self.faults = faults or {}
         self.received: dict[str, object] = {}
 
@@ -191,6 +191,46 @@ def test_options_reach_the_segmenter(stand_in, run, tmp_path):
     assert stand_in.received == expected
 
 
+@pytest.mark.parametrize("shards", [1, 2, 3, 5])
+def test_shards_share_all_cases_among_them(stand_in, run, tmp_path, shards):
+    expected = [f"CT_{letter}.npz" for letter in "abcd"]
+    for name in expected:
+        write_case(tmp_path / "in", name)
+    written = []
+    for number in range(1, shards + 1):
+        status, out, err = run("--shard", f"{number}/{shards}")
+        assert (status, err) == (0, [])
+        written += [line.partition(":")[0] for line in out[:-1]]
+    assert sorted(written) == expected  # each once
+    assert names(tmp_path / "out") == expected
+
+
+def test_existing_results_are_skipped_only_on_demand(stand_in, run, tmp_path):
+    for name in ("CT_a.npz", "CT_b.npz"):
+        write_case(tmp_path / "in", name)
+    stand_in.faults["CT_b.npz"] = RuntimeError("no")
+    assert run("--skip-existing")[0] == 1
+    before = (tmp_path / "out" / "CT_a.npz").stat().st_mtime_ns
+    stand_in.faults.clear()
+
+    status, out, _ = run("--skip-existing")
+    assert status == 0
+    assert [line.partition(":")[0] for line in out[:-1]] == ["CT_b.npz"]
+    assert out[-1].startswith("1 of 1 cases in ")
+    assert "1 skipped" in out[-1]
+    assert (tmp_path / "out" / "CT_a.npz").stat().st_mtime_ns == before
+
+    stand_in.received = {}
+    status, out, err = run("--skip-existing")
+    assert (status, err) == (0, [])
+    assert out == [f"0 of 0 cases, 2 skipped; results in {tmp_path / 'out'}"]
+    assert stand_in.received == {}  # no weights were read for nothing
+
+    status, out, _ = run()
+    assert status == 0
+    assert out[-1].startswith("2 of 2 cases in ")
+
+
 def test_postprocessing_is_off_unless_asked_for(stand_in, run, tmp_path):
     write_case(tmp_path / "in", "CT_a.npz", imgs=np.zeros((2, 4, 4), np.uint8))
     run()
@@ -266,7 +306,8 @@ class TestNothingCanStart:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--threads", "0"], ["--threads", "x"], ["--device", "tpu"], ["--refiner"], ["--x"], ["y"]],
+    [["--threads", "0"], ["--threads", "x"], ["--device", "tpu"], ["--refiner"], ["--x"], ["y"]]
+    + [["--shard", text] for text in ("0/2", "3/2", "2", "1/", "a/b", "1/2/3", "-1/2")],
 )
 def test_wrong_arguments_end_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -299,7 +340,7 @@ PROCESS = """
     import numpy as np
 
     class Segmenter:
-        device = types.SimpleNamespace(type="cpu")
+        used_device = types.SimpleNamespace(type="cpu")
         @classmethod
         def from_files(cls, *_, **__):
             return cls()
