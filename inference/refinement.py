@@ -41,6 +41,12 @@ class ObjectLogits:
     start: Triple
     logits: NDArray[np.float32]
 
+    @property
+    def place(self) -> tuple[slice, slice, slice]:
+        """The box of voxels in the volume."""
+        z, y, x = (slice(a, a + n) for a, n in zip(self.start, self.logits.shape, strict=True))
+        return z, y, x
+
 
 def bounding_box(mask: NDArray[np.bool_]) -> tuple[Triple, Triple] | None:
     """Half-open bounding box of a (D, H, W) mask, or None where it is empty."""
@@ -235,9 +241,7 @@ def merge(results: Iterable[ObjectLogits], shape: Triple) -> NDArray[np.uint8]:
     for result in results:
         if not result.logits.size:
             continue
-        place = tuple(
-            slice(a, a + n) for a, n in zip(result.start, result.logits.shape, strict=True)
-        )
+        place = result.place
         wins = result.logits > best[place]
         best[place][wins] = result.logits[wins]
         labels[place][wins] = result.label
