@@ -4,7 +4,9 @@
 #   make lint                                 all of that but the tests
 #   make bench                                every benchmark, tables and CSV
 #   make evaluate CASES=dir [OUT=dir]         score a folder of labelled cases
-#   make image | export                       build the container image | save it as tar.gz
+#   make image [TORCH=cpu]                    build the container image (cpu: small, no GPU)
+#   make image-test [QUICK=yes]               build it and test it; quick: without the minutes
+#   make export                               build it and save it as tar.gz, with its SHA-256
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -17,6 +19,13 @@ OUTPUTS ?= outputs
 OUT     ?= runs/evaluation
 IMAGE   ?= sammed3d:latest
 ARCHIVE ?= sammed3d.tar.gz
+TORCH   ?= cuda
+# What the image's labels say.
+VERSION  ?= $(shell git describe --tags --always --dirty)
+REVISION ?= $(shell git rev-parse HEAD)
+SOURCE   ?= $(shell git config --get remote.origin.url | grep '^https:')
+# In full, since engines add registries of their own to shorter names.
+full_name = $(if $(findstring /,$(IMAGE)),,docker.io/library/)$(IMAGE)
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --quiet --disable-pip-version-check
@@ -24,7 +33,7 @@ runtime := $(VENV)/.runtime
 training := $(VENV)/.training
 tests := $(VENV)/.tests
 
-.PHONY: help predict test lint bench evaluate image export
+.PHONY: help predict test lint bench evaluate image image-test export archive
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,9 +75,20 @@ evaluate: $(training)
 	@$(python) -m training.evaluation.evaluate --cases "$(CASES)" --out "$(OUT)"
 
 image:
-	@docker build -t "$(IMAGE)" .
+	@docker build --build-arg TORCH="$(TORCH)" --build-arg VERSION="$(VERSION)" \
+	    --build-arg REVISION="$(REVISION)" --build-arg SOURCE="$(SOURCE)" -t "$(IMAGE)" .
+
+image-test: image $(tests)
+	@IMAGE="$(IMAGE)" $(python) -m pytest tests/container $(if $(QUICK),-m "not slow")
 
 export: image
-	@docker save "$(IMAGE)" | gzip > "$(ARCHIVE).part"
+	@$(MAKE) archive
+
+# The image as it is.
+archive:
+	@docker tag "$(IMAGE)" "$(full_name)"
+	@docker save "$(full_name)" | gzip -n > "$(ARCHIVE).part"
 	@mv "$(ARCHIVE).part" "$(ARCHIVE)"
+	@cd "$(dir $(ARCHIVE))" && sha256sum "$(notdir $(ARCHIVE))" > "$(notdir $(ARCHIVE)).sha256"
 	@sha256sum "$(ARCHIVE)"
+	@echo "$$(stat -c %s "$(ARCHIVE)" | awk '{ printf "%.0f MB", $$1 / 1e6 }') in $(ARCHIVE)"

@@ -1,0 +1,1 @@
+"""Tests of the container image that the environment variable IMAGE names; `make image-test`."""
