@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.nifti_integrity import check_whole
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
 
@@ -54,6 +55,7 @@ def read_volume(path: Path | str, series: str | None = None) -> sitk.Image:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
+    check_whole(path)
     try:
         image = _read_series(path, series) if path.is_dir() else sitk.ReadImage(str(path))
     except RuntimeError as error:
@@ -74,6 +76,8 @@ def _read_series(folder: Path, series: str | None) -> sitk.Image:
     """A DICOM series; refused where slices are missing, which ITK would spread over the others."""
     import SimpleITK as sitk
 
+    # Warnings go to stderr past Python; what they are about is refused below.
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
     found = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if series is None and len(found) == 1:
         series = found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from inference.nifti import (
     to_image,
     to_uint8,
 )
+from inference.nifti_integrity import check_whole
 from inference.object_prompts import stored_box
 from inference.output import save_segmentation
 from tests.phantoms import challenge_case
@@ -262,6 +264,55 @@ def test_a_series_with_a_gap_is_refused(tmp_path: Path, capfd: pytest.CaptureFix
     with pytest.raises(ValueError, match=message):
         read_volume(tmp_path / "dicom")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("ending", ["nii", "nii.gz", "nrrd", "mha"])
+def test_a_file_cut_short_is_refused(tmp_path: Path, ending: str) -> None:
+    """ITK would fill a NIfTI file up with zeros."""
+    noise = np.random.default_rng(0).integers(0, 9999, SIZE[::-1], dtype=np.int16)
+    path = tmp_path / f"a.{ending}"
+    sitk.WriteImage(image_of(noise, np.eye(3)), str(path), useCompression=ending != "nii")
+    content = path.read_bytes()
+    assert read_volume(path).GetSize() == SIZE
+    for share in (0.05, 0.5, 0.99):
+        path.write_bytes(content[: int(len(content) * share)])
+        with pytest.raises(ValueError, match=rf"a\.{ending}: (received|cannot be read)") as error:
+            read_volume(path)
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_compression_is_refused(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 9999, SIZE[::-1], dtype=np.int16)
+    path = tmp_path / "a.nii.gz"
+    sitk.WriteImage(image_of(noise, np.eye(3)), str(path))
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1  # of the checksum
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="received damaged gzip data"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_headers_promise_bytes(tmp_path: Path, order: str, version: int) -> None:
+    """A header of either version and byte order, by the field's published offsets."""
+    header = bytearray(348 if version == 1 else 540)
+    struct.pack_into(f"{order}i", header, 0, len(header))
+    if version == 1:
+        struct.pack_into(f"{order}8h", header, 40, 3, 7, 5, 4, 1, 1, 1, 1)
+        struct.pack_into(f"{order}h", header, 72, 16)
+        struct.pack_into(f"{order}f", header, 108, 352)
+    else:
+        struct.pack_into(f"{order}8q", header, 16, 3, 7, 5, 4, 1, 1, 1, 1)
+        struct.pack_into(f"{order}h", header, 14, 16)
+        struct.pack_into(f"{order}q", header, 168, 544)
+    whole = bytes(header) + bytes(4 + 7 * 5 * 4 * 2)
+    path = tmp_path / "a.nii"
+    path.write_bytes(whole)
+    check_whole(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"{len(whole) - 1} bytes .* promises {len(whole)};"):
+        check_whole(path)
 
 
 def test_a_fourth_axis_of_one_is_no_matter(tmp_path: Path) -> None:
