@@ -7,9 +7,9 @@ import os
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,11 @@ _CHUNK_BYTES = 1 << 20
 _TOO_LARGE = 1 << 31  # bytes; larger members need zip's 64-bit extension
 
 
-def save_segmentation(path: Path | str, label_map: NDArray[np.uint8]) -> None:
+def save_segmentation(
+    path: Path | str,
+    label_map: NDArray[np.uint8],
+    more: Mapping[str, NDArray[Any]] | None = None,
+) -> None:
     """Write a label map as the challenge's output: an npz file with the key ``segs``.
 
     The file appears whole or not at all: it is written under a hidden temporary name in the same
@@ -28,6 +32,7 @@ def save_segmentation(path: Path | str, label_map: NDArray[np.uint8]) -> None:
     Args:
         path: the file, usually of the input's name in the output folder, which must exist.
         label_map: (D, H, W) uint8.
+        more: further keys of the file and their arrays, of any numeric type.
 
     Raises:
         ValueError: if the label map is none.
@@ -40,7 +45,7 @@ def save_segmentation(path: Path | str, label_map: NDArray[np.uint8]) -> None:
             f"accepted: uint8 of shape (D, H, W), under 2 GiB"
         )
     with _replacing(path) as file:
-        _write_npz(file, np.ascontiguousarray(label_map))
+        _write_npz(file, {"segs": label_map, **(more or {})})
 
 
 @contextlib.contextmanager
@@ -70,18 +75,19 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
-def _write_npz(file: BinaryIO, label_map: NDArray[np.uint8]) -> None:
-    """What ``numpy.savez_compressed(file, segs=label_map)`` writes, at zlib's level 1.
+def _write_npz(file: BinaryIO, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """What ``numpy.savez_compressed(file, **arrays)`` writes, at zlib's level 1.
 
     Numpy's level 6 takes more than twice the time to halve a small file
     (tests/benchmarks/bench_io.py).
     """
-    body = label_map.reshape(-1)
-    with (
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-        archive.open("segs.npy", "w") as member,  # dated 1980, so that bytes depend on labels only
-    ):
-        header = np.lib.format.header_data_from_array_1_0(label_map)
-        np.lib.format.write_array_header_1_0(member, header)
-        for start in range(0, body.size, _CHUNK_BYTES):
-            member.write(body[start : start + _CHUNK_BYTES].data)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for key, array in arrays.items():
+            array = np.ascontiguousarray(array)
+            body = array.reshape(-1).view(np.uint8)
+            # Opened so the member is dated 1980 and bytes depend on values only.
+            with archive.open(f"{key}.npy", "w") as member:
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(member, header)
+                for start in range(0, body.size, _CHUNK_BYTES):
+                    member.write(body[start : start + _CHUNK_BYTES].data)

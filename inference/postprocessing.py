@@ -1,4 +1,4 @@
-"""The paper's five post-processing steps (section 2.2), and the policy that decides which apply.
+"""The paper's five post-processing steps (section 2.2), with the paper's parameters.
 
 1. ``remove_small_components``: components under 64 voxels are noise.
 2. ``fill_holes``: cavities of an object belong to it.
@@ -10,7 +10,8 @@ What the paper leaves open is settled so: components and cavities are face-conne
 default; a cavity open to the volume's border is none; beyond the border lies background for the
 closing, which therefore never removes a voxel, and the mirror image for the Gaussian, so that an
 object cut off by the border keeps its cut face; "above 0.5" is strict. Steps 1-4 run on every
-object by itself, on the input's labels; step 5 merges what they give.
+object by itself; step 5 merges what they give. The steps know nothing of clicks: a click may lose
+its voxel, in the paper as here.
 
 No step lets an object leave its bounding box, so each works on that box alone; the tests hold the
 result equal, bit for bit, to whole-volume SciPy calls.
@@ -18,7 +19,7 @@ result equal, bit for bit, to whole-volume SciPy calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import product
 from typing import TypeVar
 
@@ -31,6 +32,8 @@ MINIMUM_VOXELS = 64
 SIGMA_VOXELS = 0.8
 
 POLICIES = ("off", "paper")
+
+SMALL, HOLES, CLOSING, SMOOTHING = OBJECT_STEPS = ("small", "holes", "closing", "smoothing")
 
 # The Gaussian's reach, as SciPy truncates it at four sigma.
 RADIUS = int(4.0 * SIGMA_VOXELS + 0.5)
@@ -65,6 +68,42 @@ def postprocess(label_map: NDArray[Labels], policy: str) -> NDArray[Labels]:
     if policy == "off":
         return label_map
     return resolve_overlaps(_clean_objects(label_map), label_map)
+
+
+def clean_object(
+    mask: NDArray[np.bool_],
+    start: tuple[int, int, int],
+    shape: tuple[int, ...],
+    steps: Collection[str] = OBJECT_STEPS,
+) -> tuple[Span, NDArray[np.bool_]] | None:
+    """Steps 1-4, or some of them, on one object's own mask.
+
+    Args:
+        mask: (d, h, w), all of the object.
+        start: its first voxel in the volume.
+        shape: of the volume.
+        steps: of :data:`OBJECT_STEPS`; applied in their order.
+
+    Returns:
+        A region of the volume and the mask in it; None where nothing is left.
+    """
+    if SMALL in steps and mask.size:
+        mask = remove_small_components(mask)
+    box = ndimage.find_objects(mask.view(np.uint8))
+    if not box:
+        return None
+    z, y, x = (slice(side.start + a, side.stop + a) for side, a in zip(box[0], start, strict=True))
+    region = _grow((z, y, x), shape)
+    cut = np.zeros([side.stop - side.start for side in region], bool)
+    inner = tuple(
+        slice(side.start - outer.start, side.stop - outer.start)
+        for side, outer in zip((z, y, x), region, strict=True)
+    )
+    cut[inner] = mask[box[0]]
+    for name, step in ((HOLES, fill_holes), (CLOSING, close_gaps), (SMOOTHING, smooth)):
+        if name in steps:
+            cut = step(cut)
+    return region, cut
 
 
 def _clean_objects(label_map: NDArray[Labels]) -> Iterable[tuple[int, Span, NDArray[np.bool_]]]:

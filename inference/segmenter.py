@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,8 @@ from inference.refinement import (
 )
 from inference.resampling import resample, to_tensor, transfer
 from inference.sliding_window import Tile, sliding_window, tile_grid
+
+Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 
 #: Log-odds that the ellipsoid in the box adds at its centre while a box is all there is (fitted on
 #: training cases): the networks so far know shapes less well than the box does.
@@ -98,21 +100,22 @@ class Segmenter:
         """Take the (D, H, W) image, any real dtype, that the next objects lie in."""
         self._image, self._spacing_mm = image, spacing_mm
 
-    def segment_case(self, case: Case) -> NDArray[np.uint8]:
+    def segment_case(self, case: Case, finish: Finish | None = None) -> NDArray[np.uint8]:
         """Segment all objects of a case.
 
-        Returns:
-            (D, H, W) label map; each voxel belongs to the object of the highest logit above zero.
-            Every click has its way: a positive one's voxel carries its label, a negative one's
-            does not (of two clicks on one voxel the newer counts).
+        Args:
+            case: image and prompts.
+            finish: makes the label map of the objects' logits (:mod:`inference.finishing`); called
+                anew where a GPU's memory ran out and the case is computed on the CPU.
 
-        Where a GPU's memory runs out even for one window at a time, the case is computed on the
-        CPU.
+        Returns:
+            (D, H, W) label map. By default each voxel belongs to the object of the highest logit
+            above zero and every click has its way (of two on one voxel the newer one).
         """
         self.set_image(case.image, case.spacing_mm)
         self.used_device = self.device
         try:
-            return self._merged(case)
+            return self._finished(case, finish)
         except torch.OutOfMemoryError:
             if self.device.type == "cpu":
                 raise
@@ -120,13 +123,14 @@ class Segmenter:
         self._move(torch.device("cpu"))
         release_memory()
         try:
-            return self._merged(case)
+            return self._finished(case, finish)
         finally:
             self._return(self.used_device)
             self.used_device = torch.device("cpu")
 
-    def _merged(self, case: Case) -> NDArray[np.uint8]:
-        return merge(self.segment(case.objects, case.previous), self._volume)
+    def _finished(self, case: Case, finish: Finish | None) -> NDArray[np.uint8]:
+        results = self.segment(case.objects, case.previous)
+        return merge(results, self._volume) if finish is None else finish(results, case)
 
     def _move(self, device: torch.device) -> None:
         self.device = device

@@ -200,17 +200,14 @@ def build_predictor(choice: PredictorChoice) -> Predictor:
 
 
 def _segmenter(choice: PredictorChoice) -> Callable[[Case], NDArray[np.uint8]]:
+    from inference.finishing import Finisher
     from inference.segmenter import Segmenter
 
     segmenter = Segmenter.from_files(
         choice.weights, sam=choice.sam, refiner=choice.refiner, device=choice.device
     )
-    if choice.postprocess == "off":
-        return segmenter.segment_case
-
-    from inference.postprocessing import postprocess
-
-    return lambda case: postprocess(segmenter.segment_case(case), choice.postprocess)
+    finisher = Finisher(choice.postprocess)
+    return lambda case: segmenter.segment_case(case, finisher)
 
 
 def _checked(segs: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
