@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from inference.case import Case
+    from inference.finishing import Finisher
     from inference.segmenter import Segmenter
 
 ALL_WRITTEN, SOME_FAILED, NOT_STARTED = 0, 1, 2
@@ -34,8 +35,8 @@ class StartError(Exception):
     """Nothing could start; the message is one line for the user."""
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; exits with status 2 and a message where it is wrong."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; it exits with status 2 and a message where one is wrong."""
     parser = argparse.ArgumentParser(
         prog="predict.sh",
         description="Segment every .npz case of a folder. Exit status: 0 all cases written, "
@@ -69,9 +70,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--postprocess",
-        choices=("off", "paper"),
+        choices=("off", "paper", "auto"),
         default="off",
-        help="paper: the five steps of the paper (default: %(default)s)",
+        help="paper: the five steps of the paper, which know nothing of clicks; auto: steps that "
+        "suit the object, by a table of rules (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--label-priority",
+        action="store_true",
+        help="where two classes claim a voxel the lower one gets it, as in the paper (default: "
+        "the more probable one)",
+    )
+    parser.add_argument(
+        "--save-probabilities",
+        action="store_true",
+        help="beside segs also save each class's probability and how sure its outline is",
     )
     parser.add_argument(
         "--shard",
@@ -91,27 +104,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--overlay", type=Path, metavar="DIR", help="also draw each result as DIR/NAME.png"
     )
-    return parser.parse_args(arguments)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Segment a folder as the command line says; returns the exit status."""
-    options = parse_arguments(arguments)
+    options = make_parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     started = time.perf_counter()
     try:
-        paths = list_cases(options.inputs, options.shard)
-        _prepare_folder(options.outputs, options.inputs)
-        if options.overlay is not None:
-            _prepare_folder(options.overlay, options.inputs)
-        listed = len(paths)
-        if options.skip_existing:
-            paths = [path for path in paths if not (options.outputs / path.name).exists()]
-        if not paths:  # nothing left to do: torch need not be imported to say so
-            print(f"0 of 0 cases{_skipped(listed)}; results in {options.outputs}")
+        paths, skipped = find_work(options)
+        if not paths:  # torch need not be imported to say so
+            print(f"0 of 0 cases{note_skipped(skipped)}; results in {options.outputs}")
             return ALL_WRITTEN
-        segmenter = _build_segmenter(options)
+        segment_file = load(options)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_STARTED
@@ -121,10 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bar, write = _progress(paths)
     for path in bar:
         try:
-            line = _segment_file(path, segmenter, options)
+            line = segment_file(path)
         except Exception as error:
             failed += 1
-            write(f"error: {_in_one_line(path, error)}", sys.stderr)
+            write(f"error: {in_one_line(path, error)}", sys.stderr)
         else:
             write(line, sys.stdout)
             continue
@@ -135,24 +142,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     print(
         f"{len(paths) - failed} of {len(paths)} cases in {time.perf_counter() - started:.1f} s "
-        f"({start_up:.1f} s start-up){_skipped(listed - len(paths))}; results in {options.outputs}"
+        f"({start_up:.1f} s start-up){note_skipped(skipped)}; results in {options.outputs}"
         + (f", overlays in {options.overlay}" if options.overlay is not None else ""),
         flush=True,
     )
     return SOME_FAILED if failed else ALL_WRITTEN
 
 
-def list_cases(inputs: Path, shard: tuple[int, int] = (1, 1)) -> list[Path]:
-    """The cases of a folder, in the order of their names.
+def find_work(options: argparse.Namespace) -> tuple[list[Path], int]:
+    """The cases to segment, in the order of their names, and how many have their result already.
 
-    Args:
-        inputs: the folder.
-        shard: (I, N): only the I-th, the (I + N)-th and so on, counted from 1. The N shards share
-            all cases among them; one may be empty.
+    Of shard I/N these are the I-th, the (I + N)-th and so on, counted from 1: the N shards share
+    all cases among them; one may be empty.
 
     Raises:
-        StartError: no such folder, or no case in it.
+        StartError: no case in the inputs folder, or a folder that cannot be written.
     """
+    paths = _list_cases(options.inputs)
+    for folder in (options.outputs, options.overlay):
+        if folder is not None:
+            _prepare_folder(folder, options.inputs)
+    number, total = options.shard
+    paths = paths[number - 1 :: total]
+    if not options.skip_existing:
+        return paths, 0
+    left = [path for path in paths if not (options.outputs / path.name).exists()]
+    return left, len(paths) - len(left)
+
+
+def _list_cases(inputs: Path) -> list[Path]:
     try:
         names = sorted(inputs.iterdir())
     except OSError as error:
@@ -160,7 +178,7 @@ def list_cases(inputs: Path, shard: tuple[int, int] = (1, 1)) -> list[Path]:
     paths = [path for path in names if path.suffix == ".npz" and not path.name.startswith(".")]
     if not paths:
         raise StartError(f"inputs folder {inputs}: no .npz file among {len(names)} entries")
-    return paths[shard[0] - 1 :: shard[1]]
+    return paths
 
 
 def _prepare_folder(folder: Path, inputs: Path) -> None:
@@ -173,6 +191,17 @@ def _prepare_folder(folder: Path, inputs: Path) -> None:
             pass
     except OSError as error:
         raise StartError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def load(options: argparse.Namespace) -> Callable[[Path], str]:
+    """Load what the options ask for; the function segments a file and returns the line to print.
+
+    Raises:
+        StartError: it cannot be loaded; the message says why.
+    """
+    segmenter = _build_segmenter(options)
+    finisher = _build_finisher(options)
+    return lambda path: _segment_file(path, segmenter, finisher, options)
 
 
 def _build_segmenter(options: argparse.Namespace) -> Segmenter:
@@ -197,6 +226,15 @@ def _build_segmenter(options: argparse.Namespace) -> Segmenter:
         raise StartError(kind + " ".join(str(error).split())) from error
 
 
+def _build_finisher(options: argparse.Namespace) -> Finisher:
+    from inference.finishing import Finisher
+
+    try:
+        return Finisher(options.postprocess, options.label_priority, options.save_probabilities)
+    except (ValueError, OSError) as error:
+        raise StartError(str(error)) from error
+
+
 def _find_weights(name: str | None) -> Path | None:
     if name is None:
         return None
@@ -205,19 +243,18 @@ def _find_weights(name: str | None) -> Path | None:
     return find_weights(name)
 
 
-def _segment_file(path: Path, segmenter: Segmenter, options: argparse.Namespace) -> str:
+def _segment_file(
+    path: Path, segmenter: Segmenter, finisher: Finisher, options: argparse.Namespace
+) -> str:
     """Segment one file and save the result; returns the line that reports it."""
     from inference.case import load_case
     from inference.output import save_segmentation
 
     started = time.perf_counter()
     case = load_case(path)
-    label_map = segmenter.segment_case(case)
-    if options.postprocess != "off":
-        from inference.postprocessing import postprocess
-
-        label_map = postprocess(label_map, options.postprocess)
-    save_segmentation(options.outputs / path.name, label_map)
+    label_map = segmenter.segment_case(case, finisher)
+    more = None if finisher.probabilities is None else finisher.probabilities.arrays()
+    save_segmentation(options.outputs / path.name, label_map, more)
     seconds = time.perf_counter() - started
     if options.overlay is not None:
         from inference.overlay import draw_overlay, save_png
@@ -250,7 +287,7 @@ def _progress(paths: list[Path]) -> tuple[Iterable[Path], Callable[[str, TextIO]
     return tqdm(paths, unit="case"), lambda line, stream: tqdm.write(line, file=stream)
 
 
-def _in_one_line(path: Path, error: Exception) -> str:
+def in_one_line(path: Path, error: Exception) -> str:
     """What went wrong, naming the file; the kind of error too where the input is not to blame."""
     from inference.case import CaseError
 
@@ -260,7 +297,8 @@ def _in_one_line(path: Path, error: Exception) -> str:
     return message if path.name in message else f"{path.name}: {message}"
 
 
-def _skipped(number: int) -> str:
+def note_skipped(number: int) -> str:
+    """What a summary says of cases that were left out."""
     return f", {number} skipped" if number else ""
 
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from inference import predict
+from inference.refinement import ObjectLogits
 from tests.phantoms import challenge_case, write_npz
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -41,17 +42,22 @@ class StandIn:
         self.used_device = torch.device("cpu")
         self.faults = faults or {}
         self.received: dict[str, object] = {}
+        self.apart = True  # or class 2, the more probable one, claims everything
 
     def from_files(self, weights, sam=None, refiner=True, device="auto"):
         self.received = {"weights": weights, "sam": sam, "refiner": refiner, "device": device}
         return self
 
-    def segment_case(self, case):
+    def segment_case(self, case, finish):
         if case.name in self.faults:
             raise self.faults[case.name]
-        label_map = np.ones(case.image.shape, np.uint8)
-        label_map[label_map.shape[0] // 2 :] = 2
-        return label_map
+        D, H, W = case.image.shape
+        first = np.full((D, H, W), 1.0, np.float32)
+        first[D // 2 :] = -1
+        second = np.full((D, H, W), 3.0, np.float32)
+        second[: D // 2] = -3 if self.apart else 3
+        results = [ObjectLogits(1, (0, 0, 0), first), ObjectLogits(2, (0, 0, 0), second)]
+        return finish(results, case)
 
 
 @pytest.fixture
@@ -239,6 +245,46 @@ def test_postprocessing_is_off_unless_asked_for(stand_in, run, tmp_path):
     assert not segmentation(tmp_path / "out" / "CT_a.npz").any(), "both objects are under 64 voxels"
 
 
+def test_the_more_probable_class_gets_a_voxel_unless_priority_goes_by_label(
+    stand_in, run, tmp_path
+):
+    stand_in.apart = False
+    write_case(tmp_path / "in", "CT_a.npz")
+    run()
+    assert (segmentation(tmp_path / "out" / "CT_a.npz") == 2).all()
+    run("--label-priority")
+    label_map = segmentation(tmp_path / "out" / "CT_a.npz")
+    assert (label_map[:3] == 1).all()
+    assert (label_map[3:] == 2).all()
+
+
+def test_probabilities_are_saved_beside_the_label_map(stand_in, run, tmp_path):
+    write_case(tmp_path / "in", "CT_a.npz", spacing=np.array([1.0, 1.0, 2.5]))
+    assert run("--save-probabilities")[0] == 0
+    with np.load(tmp_path / "out" / "CT_a.npz") as file:
+        arrays = dict(file)
+    keys = ["segs", "regions", "probability_1", "outline_1", "probability_2", "outline_2"]
+    assert list(arrays) == keys
+    assert (arrays["segs"][:3] == 1).all()
+    assert arrays["regions"].tolist() == [[1, 0, 0, 0, *SHAPE], [2, 0, 0, 0, *SHAPE]]
+    assert arrays["probability_1"].dtype == np.uint8
+    assert (arrays["probability_1"][:3] == round(255 / (1 + np.exp(-1)))).all()
+    assert (arrays["probability_2"][:3] == round(255 / (1 + np.exp(3)))).all()
+    # Two log-odds a slice of 2.5 mm: one log-odd is 1.25 mm, 13 tenths when rounded up.
+    assert (arrays["outline_1"][2] == 13).all()
+    assert not arrays["outline_1"][[0, 1, 3, 4, 5]].any()
+
+
+def test_a_table_of_rules_that_cannot_be_read_stops_the_start(stand_in, run, tmp_path, monkeypatch):
+    write_case(tmp_path / "in", "CT_a.npz")
+    broken = tmp_path / "policy.toml"
+    broken.write_text("format = 2\n", encoding="utf-8")
+    monkeypatch.setattr("inference.policy.POLICY_FILE", broken)
+    status, _, err = run("--postprocess", "auto")
+    assert (status, len(err)) == (2, 1)
+    assert "format 2" in err[0]
+
+
 def test_overlay_is_drawn_beside_the_result(stand_in, run, tmp_path):
     write_case(tmp_path / "in", "CT_a.npz")
     status, out, _ = run("--overlay", str(tmp_path / "pictures"))
@@ -344,7 +390,7 @@ PROCESS = """
         @classmethod
         def from_files(cls, *_, **__):
             return cls()
-        def segment_case(self, case):
+        def segment_case(self, case, finish=None):
             if {hang}:
                 print("segmenting", flush=True)
                 time.sleep(60)
@@ -353,7 +399,13 @@ PROCESS = """
     torch = types.ModuleType("torch")
     segmenter = types.ModuleType("inference.segmenter")
     segmenter.Segmenter = Segmenter
-    sys.modules |= {{"torch": torch, "inference.segmenter": segmenter}}
+    finishing = types.ModuleType("inference.finishing")
+    finishing.Finisher = lambda *_: types.SimpleNamespace(probabilities=None)
+    sys.modules |= {{
+        "torch": torch,
+        "inference.segmenter": segmenter,
+        "inference.finishing": finishing,
+    }}
     sys.argv = ["predict", *sys.argv[1:]]
     import runpy
     runpy.run_module("inference.predict", run_name="__main__")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from inference.model.weights import WEIGHTS_DIR
-from inference.predict import parse_arguments
+from inference.predict import make_parser
 from tests.phantoms import challenge_case, write_npz
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -187,6 +187,6 @@ def test_outputs_that_cannot_be_written(tmp_path: Path):
 
 
 def test_folders_default_to_those_the_challenge_mounts():
-    options = parse_arguments([])
+    options = make_parser().parse_args([])
     assert options.inputs == Path("/workspace/inputs")
     assert options.outputs == Path("/workspace/outputs")

@@ -1,0 +1,146 @@
+"""A run on a local Ray cluster of two workers, with faults of every kind staged in one go."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inference.predict import main as predict
+from tests.phantoms import challenge_case, write_npz
+
+pytest.importorskip("ray", reason="Ray is optional: inference/cluster-requirements.txt")
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+# Workers that die or fail where told to, once or always, and keep a diary: one line a start, one
+# line an attempt. A module of its own, since Ray sends classes of scripts by value.
+FAULTY = """
+    import os
+    from pathlib import Path
+    from inference.cluster import Worker
+
+    DIARY = Path(__file__).with_name("diary")
+
+    def note(*words):
+        with DIARY.open("a") as diary:
+            print(os.getpid(), *words, file=diary)
+
+    class Faulty(Worker):
+        def __init__(self, options):
+            note("starts")
+            super().__init__(options)
+
+        def segment(self, path):
+            earlier = DIARY.read_text().count(path.name)
+            note(path.name)
+            if path.stem == "CT_dies_once" and not earlier:
+                os._exit(1)
+            if path.stem == "CT_fails_once" and not earlier:
+                raise MemoryError("no room here")
+            if path.stem == "CT_fails_always":
+                raise RuntimeError("cannot be done")
+            return super().segment(path)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "faulty.py").write_text(textwrap.dedent(FAULTY))
+    (folder / "diary").touch()
+    inputs, outputs = folder / "in", folder / "out"
+    inputs.mkdir()
+    outputs.mkdir()
+    names = ("CT_a", "CT_b", "CT_dies_once", "CT_done", "CT_fails_always", "CT_fails_once")
+    for seed, name in enumerate(names):
+        write_npz(inputs / f"{name}.npz", challenge_case((12, 24, 20), 2, gts=False, seed=seed))
+    (inputs / "CT_broken.npz").write_text("not an archive")
+    (outputs / "CT_done.npz").write_bytes(b"of an earlier run")
+    arguments = ["--inputs", str(inputs), "--outputs", str(outputs), "--workers", "2"]
+    arguments += ["--skip-existing", "--attempts", "2"]
+    code = (
+        f"import sys, faulty, inference.cluster as c; sys.exit(c.main({arguments}, faulty.Faulty))"
+    )
+    path = os.pathsep.join([str(CHECKOUT), str(folder), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return folder, done
+
+
+def diary(folder: Path) -> list[tuple[int, str]]:
+    lines = [line.split() for line in (folder / "diary").read_text().splitlines()]
+    return [(int(process), words) for process, words in lines]
+
+
+def attempts(folder: Path, name: str) -> list[int]:
+    """The processes that tried a case, in order."""
+    return [process for process, words in diary(folder) if words == f"{name}.npz"]
+
+
+def test_all_that_can_be_written_is_written(run) -> None:
+    folder, done = run
+    assert done.returncode == 1, done.stderr
+    written = {path.stem for path in (folder / "out").iterdir()}
+    assert written == {"CT_a", "CT_b", "CT_dies_once", "CT_done", "CT_fails_once"}
+    assert done.stdout.splitlines()[-1].startswith("4 of 6 cases in ")
+    assert ", 1 skipped; " in done.stdout
+
+
+def test_results_are_those_of_one_process(run, tmp_path: Path) -> None:
+    folder, _ = run
+    options = ["--outputs", str(tmp_path), "--device", "cpu", "--threads", "1"]
+    assert predict(["--inputs", str(folder / "in"), *options]) == 1
+    for name in ("CT_a", "CT_dies_once"):
+        here, there = (np.load(f / f"{name}.npz")["segs"] for f in (tmp_path, folder / "out"))
+        assert np.array_equal(here, there)
+
+
+def test_failures_are_tried_again_by_another_worker(run) -> None:
+    folder, _ = run
+    for name in ("CT_dies_once", "CT_fails_once", "CT_fails_always"):
+        first, second = attempts(folder, name)
+        assert first != second, name
+
+
+def test_a_broken_file_is_not_tried_again(run) -> None:
+    folder, done = run
+    assert len(attempts(folder, "CT_broken")) == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert any("CT_broken.npz" in line and "no zip archive" in line for line in errors)
+    assert any("CT_fails_always.npz: RuntimeError: cannot be done" in line for line in errors)
+
+
+def test_finished_cases_are_left_alone(run) -> None:
+    folder, _ = run
+    assert attempts(folder, "CT_done") == []
+    assert (folder / "out" / "CT_done.npz").read_bytes() == b"of an earlier run"
+
+
+def test_weights_are_loaded_once_a_worker(run) -> None:
+    folder, _ = run
+    starts = [process for process, words in diary(folder) if words == "starts"]
+    assert len(starts) == len(set(starts)) == 2 + 1  # one died and was replaced
+    assert len(diary(folder)) - len(starts) > len(starts)
+
+
+def test_what_cannot_start_is_told_without_starting_a_cluster(tmp_path: Path, capsys) -> None:
+    from inference.cluster import main
+
+    options = ["--inputs", str(tmp_path / "none"), "--outputs", str(tmp_path / "out")]
+    assert main(options) == 2
+    assert "inputs folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*options, "--workers", "0"])
