@@ -1,5 +1,6 @@
 # Each target sets up what it needs by itself, in .venv; python3.11 with venv and pip is enough.
 #   make predict [INPUTS=dir] [OUTPUTS=dir]   segment a folder of cases (the sample by default)
+#   make setup                                install what training and evaluation need
 #   make test                                 linters, types, import contracts, tests
 #   make lint                                 all of that but the tests
 #   make bench                                every benchmark, tables and CSV
@@ -33,7 +34,7 @@ runtime := $(VENV)/.runtime
 training := $(VENV)/.training
 tests := $(VENV)/.tests
 
-.PHONY: help predict test lint bench evaluate image image-test export archive
+.PHONY: help setup predict test lint bench evaluate image image-test export archive
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -52,6 +53,8 @@ $(training): $(runtime) training/requirements.txt
 $(tests): $(training) tests/requirements.txt
 	@$(pip) -r requirements.txt -r training/requirements.txt -r tests/requirements.txt
 	@touch $@
+
+setup: $(training)
 
 predict: $(runtime)
 	@PYTHON="$(abspath $(python))" sh predict.sh --inputs "$(INPUTS)" --outputs "$(OUTPUTS)" --overlay "$(OUTPUTS)"
