@@ -1,100 +1,92 @@
-"""Random changes of a window: shape first (image and mask together), then intensities."""
+"""Random changes of a window's intensities, and masks as a first look would leave them."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from inference.likelihood import smooth
 from inference.resampling import resample
+from training.config import Config
 
 
-def warp(image: Tensor, mask: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Rotate, shear, scale and bend (D, H, W) image and mask about the window's centre.
+class Chance:
+    """Random numbers of one window: few and small ones by NumPy, fields on the device.
 
-    Returns the image with edges repeated and the soft mask in 0..1 with zeros outside.
+    Args:
+        seed: everything follows from it.
+        device: where fields are made. Another kind of device makes other ones.
     """
-    angles = rng.normal(0, 0.25, 3)
-    matrix = np.eye(3)
-    for axis, angle in enumerate(angles):
-        i, j = [a for a in range(3) if a != axis]
-        turn = np.eye(3)
-        turn[i, i] = turn[j, j] = math.cos(angle)
-        turn[i, j], turn[j, i] = -math.sin(angle), math.sin(angle)
-        matrix = matrix @ turn
-    matrix = matrix @ (np.eye(3) + rng.normal(0, 0.06, (3, 3)))
-    theta = torch.zeros(1, 3, 4, device=image.device)
-    theta[0, :, :3] = torch.from_numpy(matrix)
-    size = tuple(image.shape)
-    grid = F.affine_grid(theta, [1, 1, *size], align_corners=False)
-    bend = torch.from_numpy(rng.normal(0, 0.035, (3, 4, 4, 4)).astype(np.float32))
-    grid = grid + resample(bend.to(image.device), size).permute(1, 2, 3, 0)
-    warped = F.grid_sample(image[None, None], grid, padding_mode="border", align_corners=False)
-    inside = F.grid_sample(mask[None, None], grid, padding_mode="zeros", align_corners=False)
-    return warped[0, 0], inside[0, 0]
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        """Seed both generators."""
+        self.rng = np.random.default_rng(seed)
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Independent standard normal numbers of the shape of ``like``."""
+        return torch.randn(like.shape, generator=self._generator, device=like.device)
+
+    def field(self, like: Tensor, knots: int = 4) -> Tensor:
+        """Smooth field of the shape of ``like`` (D, H, W), about unit variance."""
+        coarse = torch.randn(
+            (1, knots, knots, knots), generator=self._generator, device=like.device
+        )
+        D, H, W = like.shape
+        return resample(coarse, (D, H, W))[0]
+
+    def happens(self, probability: float) -> bool:
+        """True with a probability."""
+        return bool(self.rng.random() < probability)
+
+    def between(self, low: float, high: float) -> float:
+        """A number of the uniform distribution."""
+        return float(self.rng.uniform(low, high))
 
 
-def change_intensities(image: Tensor, rng: np.random.Generator) -> Tensor:
+def change_intensities(image: Tensor, config: Config, chance: Chance) -> Tensor:
     """Gamma, inversion, low resolution, blur, shading and noise on a (D, H, W) window.
 
     The result is scaled to 0..1 of the window's range.
     """
-    low, high = image.min(), image.max()
+    low, high = torch.aminmax(image)
     image = (image - low) / (high - low).clamp_min(1e-3)
-    if rng.random() < 0.5:
-        image = image ** float(np.exp(rng.normal(0, 0.35)))
-    if rng.random() < 0.12:
+    if chance.happens(config.gamma):
+        image = image ** float(np.exp(chance.rng.normal(0, 0.35)))
+    if chance.happens(config.inversion):
         image = 1 - image
-    if rng.random() < 0.15:
-        shape = [
-            max(8, round(n * f)) for n, f in zip(image.shape, rng.uniform(0.35, 1, 3), strict=True)
-        ]
-        size = tuple(image.shape)
-        image = resample(resample(image[None], (shape[0], shape[1], shape[2])), size)[0]
-    if rng.random() < 0.15:
-        image = smooth(image[None], float(rng.uniform(0.4, 1.2)))[0]
-    if rng.random() < 0.2:
-        image = image * (0.3 * _field(image, rng)).exp()
-    if rng.random() < 0.25:
-        image = image + float(rng.uniform(0, 0.12)) * _noise(image, rng)
+    if chance.happens(config.low_resolution):
+        z, y, x = (max(8, round(n * chance.between(0.35, 1))) for n in image.shape)
+        D, H, W = image.shape
+        image = resample(resample(image[None], (z, y, x)), (D, H, W))[0]
+    if chance.happens(config.blur):
+        image = smooth(image[None], chance.between(0.4, 1.2))[0]
+    if chance.happens(config.shading):
+        image = image * (0.3 * chance.field(image)).exp()
+    if chance.happens(config.noise):
+        image = image + chance.between(0, 0.12) * chance.noise(image)
     return image
 
 
-def paint(labels: Tensor, rng: np.random.Generator) -> Tensor:
-    """A synthetic image of a (D, H, W) integer label window (after SynthSeg, Billot et al. 2023).
+def perturb_mask(mask: Tensor, chance: Chance) -> Tensor:
+    """A plausible coarse segmentation of a (D, H, W) bool mask: at fewer cells, with noise."""
+    z, y, x = (max(6, round(n * chance.between(0.3, 0.9))) for n in mask.shape)
+    coarse = resample(mask[None].float(), (z, y, x))[0]
+    coarse = coarse + chance.between(0, 0.5) * smooth(chance.noise(coarse)[None], 1.0)[0]
+    D, H, W = mask.shape
+    return resample(coarse[None], (D, H, W))[0] > chance.between(0.3, 0.7)
 
-    Each label gets a random mean and texture; then shading, blur and noise. Returns 0..1 floats.
+
+def masked_z_scores(images: Tensor) -> Tensor:
+    """Z-scores of (B, D, H, W) windows over their voxels above 0, as SAM-Med3D was trained.
+
+    Over all of a window's voxels where fewer than two are above 0.
     """
-    count = int(labels.max()) + 1
-    means = torch.from_numpy(rng.uniform(0, 1, count).astype(np.float32)).to(labels.device)
-    spread = torch.from_numpy(rng.uniform(0, 0.12, count).astype(np.float32)).to(labels.device)
-    if rng.random() < 0.5:
-        means[0], spread[0] = 0.0, 0.01
-    index = labels.long()
-    image = means[index] + spread[index] * _noise(means[index], rng)
-    image = image * (0.25 * _field(image, rng)).exp()
-    image = smooth(image[None], float(rng.uniform(0.3, 1.0)))[0]
-    return image + float(rng.uniform(0, 0.06)) * _noise(image, rng)
-
-
-def perturb_mask(mask: Tensor, cells: tuple[int, int, int], rng: np.random.Generator) -> Tensor:
-    """A plausible coarse segmentation of a (D, H, W) 0/1 mask: at ``cells`` cells, with noise."""
-    size = tuple(mask.shape)
-    coarse = resample(mask[None].float(), cells)[0]
-    coarse = coarse + float(rng.uniform(0, 0.5)) * smooth(_noise(coarse, rng)[None], 1.0)[0]
-    return (resample(coarse[None], size)[0] > float(rng.uniform(0.3, 0.7))).float()
-
-
-def _noise(like: Tensor, rng: np.random.Generator) -> Tensor:
-    noise = rng.standard_normal(tuple(like.shape), dtype=np.float32)
-    return torch.from_numpy(noise).to(like.device)
-
-
-def _field(like: Tensor, rng: np.random.Generator) -> Tensor:
-    """Smooth random field of the shape of ``like``, about unit variance."""
-    knots = torch.from_numpy(rng.standard_normal((1, 4, 4, 4), dtype=np.float32))
-    return resample(knots.to(like.device), tuple(like.shape))[0]
+    inside = images > 0
+    inside |= (inside.sum((1, 2, 3), keepdim=True) < 2).expand_as(inside)
+    count = inside.sum((1, 2, 3), keepdim=True)
+    mean = (images * inside).sum((1, 2, 3), keepdim=True) / count
+    centred = images - mean
+    variance = (centred.square() * inside).sum((1, 2, 3), keepdim=True) / count
+    return centred / variance.sqrt().clamp_min(1e-6)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import cc3d
-import edt
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
 from inference.object_prompts import stored_box
 
 Triple = tuple[float, float, float]
+Click = tuple[Triple, bool]
+
+_REACH = 24  # steps, of two cells each, over which a component is followed
 
 
 def challenge_box(
@@ -32,38 +38,142 @@ def challenge_box(
     return (z0, y0, x0), (z1, y1, x1), float(box["z_mid"])
 
 
-def next_click(
-    predicted: NDArray[np.bool_],
-    target: NDArray[np.bool_],
-    cell: Triple,
-    rng: np.random.Generator,
+def next_clicks(
+    predicted: Tensor,
+    target: Tensor,
+    cells: Sequence[Triple],
+    chances: Sequence[float],
+    rule: str = "deep",
     slack: float = 0.3,
-) -> tuple[Triple, bool] | None:
-    """A click near the deepest point of the largest error component (26-connected).
+) -> list[Click | None]:
+    """The next click of each window, on the device of the masks.
 
-    The organisers click the deepest point itself; training takes any cell within ``slack`` of its
-    depth, since people do not click the exact centre either.
+    The organisers click the deepest point of the largest 26-connected component of the error.
+    Here components are followed on a grid of half the resolution and depth is counted in
+    erosions, both in batches and without leaving the device; and any cell within ``slack`` of the
+    greatest depth may be clicked, since people do not click the exact centre either.
 
     Args:
-        predicted, target: (D, H, W) masks.
-        cell: edge lengths of a grid cell in voxels, so that depth is counted in voxels.
-        rng: source of the choice.
-        slack: 0 for the deepest point, 1 for anywhere in the component.
+        predicted, target: (B, D, H, W) bool.
+        cells: edge lengths of each window's cells in voxels, so that depth is counted in voxels.
+        chances: B numbers in [0, 1) that choose among a window's candidates.
+        rule: ``"deep"``, or ``"random"`` for anywhere in the error (SAM-Med3D's training).
+        slack: 0 for the deepest cells only, 1 for anywhere in the component.
 
     Returns:
-        (z, y, x) and whether the click is positive, or None where nothing is wrong.
+        For each window (z, y, x) and whether the click is positive, or None where nothing is
+        wrong.
     """
     errors = predicted != target
-    if not errors.any():
-        return None
-    components = cc3d.connected_components(errors, connectivity=26)
-    sizes = np.bincount(components.ravel())
-    sizes[0] = 0
-    largest = components == sizes.argmax()
-    box = np.argwhere(largest)
-    low, high = box.min(0), box.max(0) + 1
-    part = np.ascontiguousarray(largest[tuple(map(slice, low, high))])
-    depth = edt.edt(part, anisotropy=cell, black_border=True)
-    near = np.argwhere(depth >= (1 - slack) * depth.max())
-    z, y, x = (int(v) for v in near[rng.integers(len(near))] + low)
-    return (float(z), float(y), float(x)), bool(target[z, y, x])
+    candidates = errors
+    if rule == "deep":
+        depth = error_depth(largest_component(errors), cells)
+        deepest = depth.amax((1, 2, 3), keepdim=True)
+        candidates = (depth > 0) & (depth >= (1 - slack) * deepest)
+    flat = candidates.flatten(1)
+    running = flat.cumsum(1, dtype=torch.int32)
+    counts = running[:, -1:]
+    wanted = (torch.tensor(chances, device=flat.device)[:, None] * counts).int() + 1
+    place = torch.searchsorted(running, wanted.minimum(counts.clamp_min(1)))
+    place = place.clamp_max(flat.shape[1] - 1)
+    positive = target.flatten(1).gather(1, place)
+    H, W = errors.shape[2:]
+    clicks: list[Click | None] = []
+    # One transfer for the whole batch.
+    for index, count, inside in torch.cat([place, counts, positive], 1).tolist():
+        z, y, x = index // (H * W), index // W % H, index % W
+        clicks.append(((float(z), float(y), float(x)), bool(inside)) if count else None)
+    return clicks
+
+
+def largest_component(errors: Tensor) -> Tensor:
+    """The largest 26-connected component of each mask, components told apart at half resolution.
+
+    Labels spread over the cells of a grid of half the resolution, the largest one winning, for a
+    fixed number of steps: a component that winds further than about a window's edge counts as
+    several.
+
+    Args:
+        errors: (B, D, H, W) bool.
+
+    Returns:
+        The same shape; empty where ``errors`` is.
+    """
+    B = errors.shape[0]
+    odd = [n % 2 for n in errors.shape[1:]]
+    whole = F.pad(errors.float(), (0, odd[2], 0, odd[1], 0, odd[0]))
+    counts = F.avg_pool3d(whole[:, None], 2)[:, 0]
+    inside = counts > 0
+    number = torch.arange(1, inside[0].numel() + 1, device=errors.device, dtype=torch.int32)
+    labels = number.reshape(inside.shape[1:]) * inside
+    for _ in range(min(_REACH, max(labels.shape[1:]))):
+        spread = labels
+        for axis in (1, 2, 3):
+            spread = _spread(spread, axis)
+        labels = spread * inside
+    sums = counts.new_zeros(B, inside[0].numel() + 1)
+    sums.scatter_add_(1, labels.flatten(1).long(), counts.flatten(1))
+    sums[:, 0] = 0
+    largest = sums.argmax(1)[:, None, None, None]
+    chosen = (labels == largest) & inside
+    for axis in (1, 2, 3):
+        chosen = chosen.repeat_interleave(2, axis)
+    D, H, W = errors.shape[1:]
+    return errors & chosen[:, :D, :H, :W]
+
+
+def error_depth(errors: Tensor, cells: Sequence[Triple]) -> Tensor:
+    """How many erosions each cell survives: its distance from the border, about Euclidean.
+
+    Erosions by a cube and by a cross alternate; an axis of longer cells is eroded less often, so
+    that depth is counted in the shortest edge of a window's cells. Beyond the window there is no
+    error.
+
+    Args:
+        errors: (B, D, H, W) bool.
+        cells: edge lengths (z, y, x) of each window's cells in voxels.
+
+    Returns:
+        (B, D, H, W) int16, 0 outside of the error.
+    """
+    shares = np.array([[min(cell) / edge for edge in cell] for cell in cells])  # (B, 3)
+    depth = errors.to(torch.int16)
+    alive, step = errors, 0
+    while True:
+        step += 1
+        due = np.floor(step * shares + 1e-9) > np.floor((step - 1) * shares + 1e-9)
+        whole, eroded = alive, alive
+        for axis in (1, 2, 3):
+            which = due[:, axis - 1]
+            if not which.any():
+                continue
+            thin = _erode(whole if step % 2 else eroded, axis)
+            if not which.all():
+                flags = torch.from_numpy(~which).to(errors.device)[:, None, None, None]
+                thin = thin | flags
+            eroded = eroded & thin
+        alive = eroded
+        depth += alive
+        if not bool(alive.any()):
+            return depth
+
+
+def _erode(mask: Tensor, axis: int) -> Tensor:
+    """Cells whose two neighbours along an axis are set as well; none beyond the border is."""
+    n = mask.shape[axis]
+    thin = mask.clone()
+    thin.narrow(axis, 1, n - 1).logical_and_(mask.narrow(axis, 0, n - 1))
+    thin.narrow(axis, 0, n - 1).logical_and_(mask.narrow(axis, 1, n - 1))
+    thin.narrow(axis, 0, 1).zero_()
+    thin.narrow(axis, n - 1, 1).zero_()
+    return thin
+
+
+def _spread(labels: Tensor, axis: int) -> Tensor:
+    """The largest label among each cell and its two neighbours along an axis."""
+    n = labels.shape[axis]
+    wide = labels.clone()
+    after, before = wide.narrow(axis, 1, n - 1), wide.narrow(axis, 0, n - 1)
+    torch.maximum(after, labels.narrow(axis, 0, n - 1), out=after)
+    torch.maximum(before, labels.narrow(axis, 1, n - 1), out=before)
+    return wide

@@ -5,86 +5,253 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+
+from inference.model.refiner import RefinerConfig
+from inference.model.sam_med3d import SamMed3DConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a run does. Lengths are shares of the run's progress, 0 at the start and 1 at the end.
+    """What a run does. ``configs/`` holds the paper's settings, ours and a small one.
 
     Attributes:
-        steps: optimiser steps; the run ends at ``steps`` or ``minutes``, whichever comes first.
-        minutes: wall-clock minutes, counted over resumed runs; the schedule follows whichever of
-            both is further on.
-        batch: windows a step.
-        windows: (progress, edge in cells) pairs: the window's edge from that progress on. A small
-            window first costs less than half and teaches the coarse part.
-        lr, weight_decay, betas, warmup_steps, clip_norm: AdamW with a cosine to ``lr_end * lr``.
-        ema: decay of the exponential moving average that is exported.
-        max_rounds: an object is kept for 1 to this many rounds.
-        no_box, no_click, zoom, synthetic, permute, warp: probabilities: box absent; a round
-            without a new click; a zoomed window of a large object; an image painted on a label
-            map; permuted axes; a rotated, sheared and elastically deformed window.
+        network: what is trained; ``refiner`` and ``sam`` say its shape.
+        init: weights to start from: a file, or the name of one in ``weights/``; None for none.
+
+        steps: optimiser steps, where ``epochs`` is 0.
+        epochs: passes over all objects; beats ``steps``.
+        minutes: wall-clock minutes, counted over resumed runs, after which a run ends and which
+            its schedule then follows where they are further on than the steps; None for no limit.
+            A run with a limit is not reproducible to the bit.
+        batch: windows of a forward pass, a process.
+        accumulate: forward passes of an optimiser step.
+        sampling: ``"balanced"``: by modality, dataset, case and object; ``"epochs"``: each object
+            once an epoch, in random order.
+        modality_weights: share of the windows each modality gets in balanced sampling; those not
+            named get none.
+        hard: exponent of the preference for datasets with low Dice so far, in balanced sampling.
+
+        windows: (progress, edge in cells) pairs: the refiner's window from that progress (0..1)
+            on. SAM-Med3D's is ``sam.image_size``.
         box_scale: range of the window's edge in boxes.
-        modality_weights: share of the windows each modality gets.
+        no_box: probability that an object comes without a box.
+        sloppy_box: probability that each face of a box is off by some percent.
+        zoom: probability of a close look at a part of a large object, with a mask given.
+        synthetic, supervoxels, shapes: probabilities of an image painted on a label map, of a
+            supervoxel of a real image as the object, and of a painted random shape.
+        flip: probability for each axis; permute: of permuted axes; warp: of a rotated, sheared
+            and elastically deformed window.
+        gamma, inversion, low_resolution, blur, shading, noise: probabilities of these changes of
+            intensities.
+
+        rounds: refiner: an object is kept for 1 to this many rounds. SAM-Med3D: prompts of each.
+        pointless_rounds: of SAM-Med3D's rounds, so many carry no points: the last one, and others
+            at random after the second.
+        clicks: ``"deep"``: near the deepest point of the largest error, as in the challenge;
+            ``"random"``: anywhere in the error, as in the paper.
+        click_slack: 0 for the deepest point itself, 1 for anywhere in the component.
+        no_click: probability of a refiner's round without a new click.
+        previous_mask: SAM-Med3D's previous mask: ``"logits"`` (the paper) or ``"binary"`` (what
+            inference has).
+
+        dice, cross_entropy, focal, boundary, iou: weights of the terms of the loss; ``boundary``
+            of cross-entropy within two cells of the surface, ``iou`` of SAM-Med3D's prediction of
+            its own overlap.
+        focal_gamma: exponent of the focal loss.
+
+        lr: learning rate; of the image encoder, for SAM-Med3D.
+        lr_prompts: of SAM-Med3D's prompt encoder and mask decoder; None for ``lr``.
+        schedule: ``"cosine"`` to ``lr_end * lr``, or ``"multistep"``: times ``lr_gamma`` at each
+            of the ``milestones`` (epochs).
+        warmup_steps: linear; 0 for none.
+        weight_decay, betas: AdamW. ``decay_all``: decay biases and normalisation too.
+        clip_norm: largest gradient norm; 0 for no limit.
+        ema: decay of the exponential moving average that is exported; 0 for none.
+        precision: ``"auto"`` is bfloat16 where hardware has it (float16 on old cards).
+        most_skipped: steps without finite loss or gradient in a row before the run stops.
+
+        log_steps: steps between two lines of the log.
+        checkpoint_minutes: between two checkpoints.
+        tensorboard: write TensorBoard's event files too, where it is installed.
         seed: of everything random.
     """
 
-    steps: int = 100_000
-    minutes: float = 90.0
+    network: Literal["refiner", "sam_med3d"] = "refiner"
+    refiner: RefinerConfig = dataclasses.field(default_factory=RefinerConfig)
+    sam: SamMed3DConfig = dataclasses.field(default_factory=SamMed3DConfig)
+    init: str | None = None
+
+    steps: int = 10_000
+    epochs: int = 0
+    minutes: float | None = None
     batch: int = 8
-    windows: tuple[tuple[float, int], ...] = ((0.0, 48), (0.36, 64))
-    lr: float = 1.5e-3
-    lr_end: float = 0.01
-    weight_decay: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.99)
-    warmup_steps: int = 200
-    clip_norm: float = 1.0
-    ema: float = 0.998
-    max_rounds: int = 6
-    no_box: float = 0.3
-    no_click: float = 0.12
+    accumulate: int = 1
+    sampling: Literal["balanced", "epochs"] = "balanced"
+    modality_weights: tuple[tuple[str, float], ...] = (
+        ("CT", 0.27),
+        ("MR", 0.33),
+        ("Microscopy", 0.24),
+        ("PET", 0.10),
+        ("US", 0.06),
+    )
+    hard: float = 0.0
+
+    windows: tuple[tuple[float, int], ...] = ((0.0, 48),)
+    box_scale: tuple[float, float] = (1.5, 2.2)
+    no_box: float = 0.28
+    sloppy_box: float = 0.0
     zoom: float = 0.35
-    synthetic: float = 0.12
+    synthetic: float = 0.18
+    supervoxels: float = 0.0
+    shapes: float = 0.0
+    flip: float = 0.5
     permute: float = 0.25
     warp: float = 0.4
-    box_scale: tuple[float, float] = (1.5, 2.2)
-    modality_weights: tuple[tuple[str, float], ...] = (
-        ("CT", 0.25),
-        ("MR", 0.28),
-        ("Microscopy", 0.22),
-        ("PET", 0.15),
-        ("US", 0.10),
-    )
+    gamma: float = 0.5
+    inversion: float = 0.12
+    low_resolution: float = 0.15
+    blur: float = 0.15
+    shading: float = 0.2
+    noise: float = 0.25
+
+    rounds: int = 6
+    pointless_rounds: int = 0
+    clicks: Literal["deep", "random"] = "deep"
+    click_slack: float = 0.3
+    no_click: float = 0.12
+    previous_mask: Literal["binary", "logits"] = "binary"
+
+    dice: float = 1.0
+    cross_entropy: float = 1.0
+    focal: float = 0.0
+    focal_gamma: float = 2.0
+    boundary: float = 0.0
+    iou: float = 0.0
+
+    lr: float = 1.5e-3
+    lr_prompts: float | None = None
+    schedule: Literal["cosine", "multistep"] = "cosine"
+    lr_end: float = 0.01
+    lr_gamma: float = 0.1
+    milestones: tuple[float, ...] = ()
+    warmup_steps: int = 100
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.99)
+    decay_all: bool = False
+    clip_norm: float = 1.0
+    ema: float = 0.998
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    most_skipped: int = 20
+
+    log_steps: int = 50
+    checkpoint_minutes: float = 5.0
+    tensorboard: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can be made from.
+
+        Raises:
+            ValueError: a value is of another type or out of range.
+        """
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            choices = get_args(hint) if get_origin(hint) is Literal else None
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} is {value!r}; accepted: one of {choices}")
+            kind = {"int": int, "bool": bool}.get(str(field.type))
+            if kind is not None and type(value) is not kind:
+                raise ValueError(f"{field.name} is {value!r}; accepted: {kind.__name__}")
+            numeric = str(field.type) in ("float", "float | None")
+            if numeric and not isinstance(value, (int, float)) and value is not None:
+                raise ValueError(
+                    f"{field.name} is {value!r}; accepted: a number"
+                    + (" (YAML takes 1.0e-3, not 1e-3)" if isinstance(value, str) else "")
+                )
+        for name in _PROBABILITIES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0..1")
+        if self.synthetic + self.supervoxels + self.shapes > 1:
+            raise ValueError("synthetic, supervoxels and shapes add up to more than 1")
+        for name in ("batch", "accumulate", "rounds", "log_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 1")
+        if not self.windows or self.windows[0][0] != 0:
+            raise ValueError(f"windows is {self.windows}; accepted: pairs, the first at 0.0")
+        if self.network == "refiner" and any(n % self.refiner.stride for _, n in self.windows):
+            raise ValueError(
+                f"windows is {self.windows}; accepted: multiples of {self.refiner.stride}"
+            )
+        if self.pointless_rounds > max(0, self.rounds - 2):
+            raise ValueError(
+                f"pointless_rounds is {self.pointless_rounds} of {self.rounds} rounds; accepted: "
+                "all but two at most"
+            )
 
     @classmethod
     def load(cls, path: Path | None, overrides: Sequence[str] = ()) -> Config:
         """Read YAML (or the defaults) and apply ``key=value`` overrides (values in YAML).
 
+        A key of the network's shape has a dot: ``sam.embed_dim=384``.
+
         Raises:
-            ValueError: for an unknown key or a pair without '='.
+            ValueError: for an unknown key, a pair without '=' or a value out of range.
         """
-        values: dict[str, object] = {}
+        values: dict[str, Any] = {}
         if path is not None:
             values.update(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
         for pair in overrides:
             key, equals, value = pair.partition("=")
             if not equals:
                 raise ValueError(f"--set received {pair!r}; accepted: key=value")
-            values[key] = yaml.safe_load(value)
+            part, dot, field = key.partition(".")
+            if dot:
+                values[part] = {**values.get(part, {}), field: yaml.safe_load(value)}
+            else:
+                values[key] = yaml.safe_load(value)
         return cls.from_dict(values)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> Config:
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """Build from plain values; lists become tuples. Unknown keys raise ValueError."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise ValueError(f"configuration received {unknown}; accepted: {names}")
-        return cls(**{k: _frozen(v) for k, v in values.items()})  # type: ignore[arg-type]
+        config: Config = _build(cls, values, "configuration")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that YAML can write and :meth:`from_dict` reads."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
 
 
-def _frozen(value: object) -> object:
+_PROBABILITIES = (
+    *("no_box", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
+    *("flip", "permute", "warp", "gamma", "inversion", "low_resolution", "blur", "shading"),
+    *("noise", "click_slack", "no_click", "ema"),
+)
+
+
+def _build(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:
+    names = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ValueError(f"{what} received {unknown}; accepted: {names}")
+    ready = {key: _frozen(value) for key, value in values.items()}
+    if kind is Config:
+        for name, part in (("refiner", RefinerConfig), ("sam", SamMed3DConfig)):
+            if isinstance(ready.get(name), Mapping):
+                ready[name] = _build(part, ready[name], name)
+    return kind(**ready)
+
+
+def _frozen(value: object) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value

@@ -1,57 +1,103 @@
-"""Train the refiner: ``python -m training.train --data DIR --out DIR``."""
+"""Train the refiner or SAM-Med3D: ``python -m training.train --data DIR --out DIR``.
+
+On several GPUs: ``torchrun --nproc-per-node N -m training.train ...``; ``batch`` is of each.
+"""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 
-from inference.model.refiner import Refiner, RefinerConfig
+from training.checkpoint import build_network
 from training.config import Config
-from training.dataset import EpisodeSampler, load_folder
+from training.dataset import WindowDataset
+from training.distributed import World, joined
+from training.initial_weights import initialise
 from training.trainer import Trainer
+from training.volumes import load_folder
 
 
-def main() -> None:
-    """Parse the command line and train to the end of the schedule."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, help="YAML; defaults: training/config.py")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and train; 0 at the end of the run, 1 after an error."""
+    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
+    parser.add_argument("--config", type=Path, help="YAML, see training/configs; its defaults else")
     parser.add_argument("--data", type=Path, required=True, help="folder of npz with imgs and gts")
+    parser.add_argument("--cases", type=Path, help="case list: which of them, see training.coreset")
     parser.add_argument("--label-maps", type=Path, help="folder of npz with gts only, painted")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoints go here")
-    parser.add_argument("--init", type=Path, help="start from the average of this checkpoint")
-    parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint and log go here")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt if any")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N more steps")
+    parser.add_argument("--init", help="start from this checkpoint, weights file or weights/NAME")
+    parser.add_argument(
+        "--new",
+        nargs="*",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="parameters that --init may lack: beginnings of their names; they start at random",
+    )
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    config = Config.load(args.config, args.set)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "config.yaml").write_text(
-        yaml.safe_dump(dataclasses.asdict(config)), encoding="utf-8"
-    )
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        config = Config.load(options.config, options.set)
+        with joined(options.device) as world:
+            _train(options, config, world)
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(options: argparse.Namespace, config: Config, world: World) -> None:
+    """Load everything, then run."""
+    checkpoint = options.out / "checkpoint.pt"
+    resuming = options.resume and checkpoint.is_file()
+    say = print if world.first else _silent
     torch.manual_seed(config.seed)
-    model = Refiner(RefinerConfig()).to(args.device)
-    if args.init:
-        model.load_state_dict(torch.load(args.init, weights_only=True)["average"])
-    volumes = load_folder(args.data, args.device)
-    maps = load_folder(args.label_maps, args.device) if args.label_maps else []
-    print(f"{len(volumes)} volumes, {sum(len(v.objects) for v in volumes)} objects", flush=True)
-    checkpoint = args.out / "checkpoint.pt"
-    resuming = args.resume and checkpoint.exists()
-    # A resumed run draws other windows than before the interruption.
-    rng = np.random.default_rng((config.seed, int(checkpoint.stat().st_mtime) if resuming else 0))
-    trainer = Trainer(model, EpisodeSampler(volumes, maps, config, rng), config, args.out)
+    model = build_network(config).to(world.device)
+    init = options.init or config.init
+    if init and not resuming:
+        fresh = initialise(model, init, options.new)
+        if fresh:
+            say(f"{len(fresh)} parameters start at random: {', '.join(fresh)}")
+    cases = None
+    if options.cases:
+        from training.coreset import read_case_list
+
+        cases = read_case_list(options.cases)
+    volumes = load_folder(options.data, cases)
+    if options.label_maps:
+        volumes += load_folder(options.label_maps)
+    dataset = WindowDataset(volumes, config, world.device)
+    trainer = Trainer(model, dataset, config, options.out, world)
+    say(
+        f"{len(volumes)} volumes, {dataset.objects} objects, "
+        f"{dataset.store.bytes / 1e6:.0f} MB on {world.device}; {trainer.steps} steps",
+        flush=True,
+    )
+    if world.first:
+        options.out.mkdir(parents=True, exist_ok=True)
+        written = options.out / "config.yaml"
+        written.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    world.wait()
     if resuming:
         trainer.resume(checkpoint)
-    trainer.run()
+        say(f"going on from step {trainer.step}", flush=True)
+    trainer.run(options.max_steps)
+
+
+def _silent(*words: object, flush: bool = False) -> None:
+    """What the processes behind the first one have to say."""
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,173 +1,295 @@
-"""The training loop: rollouts of the interaction, one forward and backward pass a round."""
+"""The training loop, the same for the refiner and for SAM-Med3D."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from inference.model.refiner import Refiner
+from inference.model.sam_med3d import SamMed3D
 from inference.precision import autocast
-from inference.prompts import refiner_channels
-from training.click_simulation import next_click
+from training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from training.config import Config
-from training.dataset import Episode, EpisodeSampler
-from training.losses import dice_ce
+from training.dataset import WindowDataset
+from training.distributed import World, without_sync
+from training.optimisation import Optimisation
+from training.refiner_rounds import RefinerRounds
+from training.run_log import RunLog
+from training.sam_rounds import SamInteraction, SamRounds
+from training.scores import Scores
+
+_SAMPLES = 6  # windows kept for plots
 
 
 class Trainer:
-    """Trains a refiner on the episodes of a sampler.
+    """Trains a network on the windows of a data set.
 
-    A pool of ``batch`` objects is kept: every step is one round of each; the next click comes from
-    the step's own output, and an object leaves after its last round or once it is perfect.
+    A step is ``accumulate`` forward and backward passes of ``batch`` windows in each process. All
+    chance follows from the seed and from numbers of windows, rounds and steps, so a run that goes
+    on from a checkpoint does what it would have done, and two processes do what one of twice the
+    batch does.
+
+    Args:
+        model: a refiner or SAM-Med3D, on its device.
+        dataset: on the same device.
+        config: of the run.
+        out: folder of checkpoint and log.
+        world: the processes; this one alone by default.
     """
 
-    def __init__(self, model: Refiner, sampler: EpisodeSampler, config: Config, out: Path) -> None:
-        """Prepare optimiser, average and pool; nothing runs yet."""
-        self.model, self.config = model, config
-        self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self._sampler, self._out = sampler, out
-        self._device = next(model.parameters()).device
-        self._rng = np.random.default_rng(config.seed + 1)
-        decay = [p for p in model.parameters() if p.ndim > 1]
-        rest = [p for p in model.parameters() if p.ndim <= 1]
-        self._optimiser = torch.optim.AdamW(
-            [{"params": decay}, {"params": rest, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
+    def __init__(
+        self,
+        model: Refiner | SamMed3D,
+        dataset: WindowDataset,
+        config: Config,
+        out: Path,
+        world: World | None = None,
+    ) -> None:
+        """Prepare optimiser, average and windows; nothing runs yet."""
+        device = next(model.parameters()).device
+        self.model, self.config, self._out = model, config, out
+        self._world = world or World(0, 1, device)
+        self._device = device
+        self._optimisation = Optimisation(model, config)
+        self._scaler = torch.amp.GradScaler(
+            device.type, enabled=_precision(config, device)[0] is torch.float16
         )
-        self.step, self.minutes, self.windows = 0, 0.0, 0
-        self._pool: list[Episode] = []
-        self._scores: dict[str, list[float]] = defaultdict(list)
+        total = config.batch * config.accumulate * self._world.size
+        per_pass = config.batch * self._world.size
+        slots = [
+            [part * per_pass + self._world.rank * config.batch + i for i in range(config.batch)]
+            for part in range(config.accumulate)
+        ]
+        self._rounds: RefinerRounds | SamRounds
+        if isinstance(model, Refiner):
+            network = self._world.wrap(model)
+            self._rounds = RefinerRounds(network, dataset, config, slots, total)
+            shown = (config.rounds + 1) / 2  # rounds of an object, on average
+        else:
+            network = self._world.wrap(SamInteraction(model, config))
+            self._rounds = SamRounds(network, dataset, config, slots, total)
+            shown = 1
+        self._network = network
+        self._windows_a_step = total
+        self._steps_an_epoch = math.ceil(dataset.objects * shown / total)
+        self.steps = config.epochs * self._steps_an_epoch or config.steps
+        self.scores = Scores(dataset.sources, config.rounds)
+        self.step, self.minutes, self.windows, self.skipped = 0, 0.0, 0, 0
+        self._skipped_in_a_row = 0
+        self._losses: list[float] = []
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The exponential moving average of the weights: what is exported."""
+        return self._optimisation.average
+
+    @property
+    def epoch(self) -> float:
+        """Passes over all objects so far; the refiner's by its mean number of rounds."""
+        return self.step / self._steps_an_epoch
 
     @property
     def progress(self) -> float:
         """Share of the run that is over, 0..1."""
-        return min(1.0, max(self.step / self.config.steps, self.minutes / self.config.minutes))
+        limit = self.config.minutes
+        spent = self.minutes / limit if limit else 0.0
+        return min(1.0, max(self.step / self.steps, spent))
 
-    def run(self, checkpoint_minutes: float = 5.0, log_minutes: float = 1.0) -> None:
-        """Train to the end of the schedule; write ``checkpoint.pt`` and a log line now and then."""
-        begun, before = time.monotonic(), self.minutes
-        saved = logged = self.minutes
-        while self.progress < 1:
-            self._step()
-            self.minutes = before + (time.monotonic() - begun) / 60
-            if self.minutes - logged >= log_minutes:
-                logged = self.minutes
-                self._log()
-            if self.minutes - saved >= checkpoint_minutes:
-                saved = self.minutes
-                self.save()
-        self._log()
-        self.save()
+    def run(self, max_steps: int | None = None) -> None:
+        """Train to the end of the schedule, or for ``max_steps`` more steps of it.
 
-    def _step(self) -> None:
+        Writes ``log.csv``, ``samples.npz`` and, every ``checkpoint_minutes`` and at the end,
+        ``checkpoint.pt``.
+
+        Raises:
+            FloatingPointError: too many steps in a row without a finite loss and gradient.
+        """
+        config, world = self.config, self._world
+        log = None
+        if world.first:
+            log = RunLog(self._out, config.rounds, self.step, self.steps, config.tensorboard)
+        begun, before, saved = time.monotonic(), self.minutes, time.monotonic()
+        last = math.inf if max_steps is None else self.step + max_steps
+        try:
+            while world.agree(self.progress < 1) and self.step < last:
+                self._take_step()
+                self.minutes = before + (time.monotonic() - begun) / 60
+                if log is not None:
+                    log.step(self._losses[-1] if self._losses else math.nan, self._mean_dice())
+                if self.step % config.log_steps == 0:
+                    self._write(log)
+                if world.agree(time.monotonic() - saved >= 60 * config.checkpoint_minutes):
+                    self.save()
+                    saved = time.monotonic()
+            if self.step % config.log_steps:
+                self._write(log)
+            self.save()
+        finally:
+            if log is not None:
+                log.close()
+
+    def _take_step(self) -> None:
+        """One optimiser step, left out where loss or gradient are not finite."""
         config = self.config
-        edge = [size for start, size in config.windows if start <= self.progress][-1]
-        self._pool = [e for e in self._pool if e.rounds > 0 and e.image.shape[0] == edge]
-        while len(self._pool) < config.batch:
-            self._pool.append(self._sampler.draw(edge))
-        image = torch.stack([e.image for e in self._pool])
-        target = torch.stack([e.target for e in self._pool])
-        masks = [e.mask if e.mask is not None else torch.zeros_like(e.image) for e in self._pool]
-        known = [bool(mask.any()) for mask in masks]
-        channels = refiner_channels(
-            image, [e.prompts for e in self._pool], torch.stack(masks), known
-        )
-        cuda = self._device.type == "cuda"
+        self._rate = self._optimisation.prepare(self.step, self.progress, self.epoch)
         self.model.train()
-        with autocast(self._device):
-            logits = self.model(channels)
-        losses = dice_ce(logits, target[:, None])
-        rate = self._rate()
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
-        self._optimiser.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        self._optimiser.step()
-        self.step += 1
-        self.windows += len(self._pool)
-        with torch.no_grad():
-            decay = min(config.ema, (1 + self.step) / (10 + self.step))
-            for name, value in self.model.state_dict().items():
-                self.average[name].lerp_(value, 1 - decay)
-            predicted = logits[:, 0] > 0
-            if cuda:
-                torch.cuda.synchronize()
-            for episode, mask in zip(self._pool, predicted, strict=True):
-                self._advance(episode, mask)
-
-    def _advance(self, episode: Episode, mask: Tensor) -> None:
-        """Score a round and add what the user says next."""
-        target = episode.target.bool()
-        both = int((mask & target).sum())
-        dice = 2 * both / max(1, int(mask.sum()) + int(target.sum()))
-        kind = "box" if episode.prompts.box else "click"
-        modality = episode.source.split("_")[0]
-        self._scores[f"{modality} {kind} {min(episode.round, 5)}"].append(dice)
-        episode.rounds -= 1
-        episode.round += 1
-        episode.mask = mask.float()
-        if self._rng.random() < self.config.no_click:
-            return
-        click = next_click(mask.cpu().numpy(), target.cpu().numpy(), episode.cell, self._rng)
-        if click is None:
-            episode.rounds = 0
+        self._optimisation.optimiser.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self._device)
+        dtype, enabled = _precision(config, self._device)
+        for part in range(config.accumulate):
+            with without_sync(self._network, part + 1 < config.accumulate):
+                with torch.autocast(self._device.type, dtype, enabled=enabled):
+                    loss = self._rounds.loss(
+                        part, self.step, self.progress, self.scores.running, self.scores
+                    )
+                loss = loss / config.accumulate
+                self._scaler.scale(loss).backward()
+                total += loss.detach()
+        self._scaler.unscale_(self._optimisation.optimiser)
+        norm = self._optimisation.gradient_norm()
+        if bool(torch.isfinite(norm)):  # the same in every process: gradients are summed
+            self._scaler.step(self._optimisation.optimiser)
+            self._skipped_in_a_row = 0
+            self._losses.append(float(total))
         else:
-            episode.prompts = dataclasses.replace(
-                episode.prompts, clicks=(*episode.prompts.clicks, click)
-            )
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+        self._scaler.update()
+        self.step += 1
+        self.windows += self._windows_a_step
+        self.scores.end_step(self._world)
+        if self._skipped_in_a_row:
+            if self._skipped_in_a_row >= config.most_skipped:
+                raise FloatingPointError(
+                    f"{self._skipped_in_a_row} steps in a row without a finite loss and gradient, "
+                    f"the last one {self.step}: lower lr (now {self._rate:.2e}), or set "
+                    "precision=float32; the last checkpoint is from before"
+                )
+            return
+        with torch.no_grad():
+            self._optimisation.update_average(self.step)
 
-    def _rate(self) -> float:
-        """Linear warm-up, then a cosine to ``lr_end``."""
-        config = self.config
-        warm = min(1.0, (self.step + 1) / config.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
-        return config.lr * warm * (config.lr_end + (1 - config.lr_end) * cosine)
+    def _mean_dice(self) -> float:
+        running = self.scores.running.values()
+        return sum(running) / len(running) if running else math.nan
 
-    def _log(self) -> None:
-        """Print step, time, windows and the running Dice by modality, prompt and round."""
-        parts = [
-            f"{key} {np.mean(values):.3f}" for key, values in sorted(self._scores.items()) if values
-        ]
-        print(
-            f"step {self.step} minutes {self.minutes:.1f} windows {self.windows} "
-            f"lr {self._rate():.2e} | " + " | ".join(parts),
-            flush=True,
-        )
-        self._scores.clear()
+    def _write(self, log: RunLog | None) -> None:
+        """A line of the log; every process takes part in the sums."""
+        table = self.scores.table(self._world)
+        mean = float(np.mean(self._losses)) if self._losses else math.nan
+        loss = float(self._world.sum(torch.tensor(mean))) / self._world.size
+        self._losses.clear()
+        if log is not None:
+            values = {
+                "step": self.step,
+                "epoch": self.epoch,
+                "minutes": self.minutes,
+                "windows": self.windows,
+                "lr": self._rate,
+                "loss": loss,
+                "dice": table["dice"],
+                "skipped": self.skipped,
+            }
+            log.line(values, table)
 
     def save(self) -> None:
-        """Write ``checkpoint.pt`` atomically."""
-        path = self._out / "checkpoint.pt"
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average,
-            "optimiser": self._optimiser.state_dict(),
-            "step": self.step,
-            "minutes": self.minutes,
-            "windows": self.windows,
-            "config": dataclasses.asdict(self.config),
-            "refiner": dataclasses.asdict(self.model.config),
-        }
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        """Write ``checkpoint.pt`` and ``samples.npz``; every process must take part."""
+        rounds = self._world.gather(self._rounds.state())
+        if self._world.first:
+            model = self.model
+            state = {
+                "model": model.state_dict(),
+                "average": self.average,
+                "optimiser": self._optimisation.optimiser.state_dict(),
+                "scaler": self._scaler.state_dict(),
+                "step": self.step,
+                "minutes": self.minutes,
+                "windows": self.windows,
+                "skipped": self.skipped,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "running": dict(self.scores.running),
+                "rounds": rounds,  # the generators' states are numbers of windows and rounds
+                "config": self.config.to_dict(),
+                PREFIX[self.config.network]: _shape(model),
+            }
+            save_checkpoint(self._out / "checkpoint.pt", state)
+            self._save_samples()
+        self._world.wait()
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint of :meth:`save`."""
-        state = torch.load(path, weights_only=True, map_location=self._device)
+        """Continue from a checkpoint of :meth:`save`, also of another number of processes.
+
+        Raises:
+            ValueError: it is no checkpoint, or of another network.
+        """
+        state = load_checkpoint(path, self._device)
+        shape = PREFIX[self.config.network]
+        if shape not in state:
+            raise ValueError(f"{path}: no checkpoint of a {self.config.network}")
         self.model.load_state_dict(state["model"])
-        self.average = state["average"]
-        self._optimiser.load_state_dict(state["optimiser"])
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)
+        self._optimisation.optimiser.load_state_dict(state["optimiser"])
         self.step, self.minutes = state["step"], state["minutes"]
         self.windows = state["windows"]
-        # Other draws than before the interruption.
-        self._rng = np.random.default_rng((self.config.seed + 1, self.step))
+        self.skipped = state.get("skipped", 0)
+        self._skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.scores.running = dict(state.get("running", {}))
+        if state.get("scaler"):
+            self._scaler.load_state_dict(state["scaler"])
+        self._rounds.load(state.get("rounds", []))
+
+    def _save_samples(self) -> None:
+        """The middle slice of some windows of the last pass, for ``plots.py``."""
+        shown = self._rounds.samples
+        if not shown:
+            return
+        targets = shown["target"][:_SAMPLES].cpu()
+        middle = targets.sum((2, 3)).argmax(1).tolist()  # the slice that shows most of each
+        slices = {
+            name: np.stack(
+                [one[z].float().cpu().numpy() for one, z in zip(stack, middle, strict=False)]
+            )
+            for name, stack in shown.items()
+        }
+        temporary = self._out / ".samples.npz"
+        np.savez_compressed(temporary, **slices)  # type: ignore[arg-type]
+        temporary.replace(self._out / "samples.npz")
+
+
+def _precision(config: Config, device: torch.device) -> tuple[torch.dtype, bool]:
+    """The number format of autocast, and whether it is on.
+
+    Raises:
+        ValueError: bfloat16 is asked for where it computes wrong gradients.
+    """
+    if config.network == "refiner":
+        coarsest = min(edge for _, edge in config.windows) // config.refiner.stride
+    else:
+        coarsest = config.sam.image_size // config.sam.patch_size
+    # oneDNN's bfloat16 kernel leaves the gradient of a 3^3 convolution's weights unwritten where
+    # the grid is smaller than the kernel (PyTorch 2.13).
+    broken = device.type == "cpu" and coarsest < 3
+    if config.precision == "bfloat16" and broken:
+        raise ValueError(
+            f"precision is bfloat16 with a coarsest grid of {coarsest}^3 cells; accepted on a CPU: "
+            "float32, or larger windows"
+        )
+    if config.precision == "float32" or (config.precision == "auto" and broken):
+        return torch.bfloat16, False
+    if config.precision == "auto":
+        context = autocast(device)
+        return context.fast_dtype, context._enabled
+    return getattr(torch, config.precision), True
+
+
+def _shape(model: Refiner | SamMed3D) -> dict[str, Any]:
+    """The network's configuration as plain values."""
+    return dataclasses.asdict(model.config)

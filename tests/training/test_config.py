@@ -1,0 +1,80 @@
+"""Configurations: the shipped files, overrides, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from inference.model.sam_med3d import build_sam_med3d
+from training.config import Config
+
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+
+
+def test_the_papers_table_is_in_its_file() -> None:
+    config = Config.load(CONFIGS / "paper.yaml")
+    assert config.init == "sam_med3d_turbo_bbox_init"
+    assert (config.batch, config.accumulate, config.batch * config.accumulate) == (12, 20, 240)
+    assert (config.sam.image_size, config.epochs, config.betas) == (128, 200, (0.9, 0.999))
+    assert (config.lr, config.lr_prompts, config.weight_decay) == (8e-4, 8e-5, 0.1)
+    assert (config.schedule, config.lr_gamma, config.milestones) == ("multistep", 0.1, (120, 180))
+    assert (config.rounds, config.pointless_rounds, config.clicks) == (11, 2, "random")
+    model = build_sam_med3d(config.sam)
+    millions = sum(p.numel() for p in model.image_encoder.parameters()) / 1e6
+    assert round(millions) == 93
+
+
+def test_the_default_weights_have_their_file() -> None:
+    config = Config.load(CONFIGS / "default.yaml")
+    assert (config.batch, config.windows, config.lr) == (8, ((0.0, 48),), 1.5e-3)
+    assert (config.betas, config.weight_decay, config.ema) == ((0.9, 0.99), 0.02, 0.998)
+    assert (config.synthetic, config.no_box, config.schedule) == (0.18, 0.28, "cosine")
+    assert dict(config.modality_weights)["MR"] == 0.33
+
+
+def test_the_small_file_is_read() -> None:
+    assert Config.load(CONFIGS / "small.yaml").init == "default"
+
+
+def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
+    import yaml
+
+    config = Config.load(CONFIGS / "paper.yaml", ["sam.embed_dim=384", "windows=[[0.0, 64]]"])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+    assert Config.load(path) == config
+
+
+def test_overrides_beat_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("lr: 0.1\nbatch: 3\nwindows: [[0.0, 32]]\nsam: {depth: 3}\n")
+    config = Config.load(path, ["lr=0.2", "sam.global_blocks=[2]", "init=null"])
+    assert (config.lr, config.batch, config.windows) == (0.2, 3, ((0.0, 32),))
+    assert (config.sam.depth, config.sam.global_blocks, config.init) == (3, (2,), None)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("nonsense=1", r"received \['nonsense'\]; accepted: \['network'"),
+        ("sam.nonsense=1", r"sam received \['nonsense'\]; accepted: \['image_size'"),
+        ("lr", "'lr'; accepted: key=value"),
+        ("lr=1e-3", "YAML takes 1.0e-3, not 1e-3"),
+        ("batch=2.5", "batch is 2.5; accepted: int"),
+        ("batch=0", "batch is 0; accepted: at least 1"),
+        ("warp=2.0", r"warp is 2.0; accepted: 0\.\.1"),
+        ("network=unet", "accepted: one of"),
+        ("windows=[[0.0, 40]]", "accepted: multiples of 16"),
+        ("windows=[[0.5, 48]]", "accepted: pairs, the first at 0.0"),
+        ("pointless_rounds=6", "pointless_rounds is 6 of 6 rounds"),
+    ],
+)
+def test_what_no_run_can_be_made_from_is_refused(pair: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.load(None, [pair])
+
+
+def test_synthetic_shares_may_not_exceed_one() -> None:
+    with pytest.raises(ValueError, match="more than 1"):
+        Config.load(None, ["synthetic=0.6", "shapes=0.6"])

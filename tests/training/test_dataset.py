@@ -1,0 +1,170 @@
+"""Samples: prompts fit objects, synthetic tasks show theirs, a number gives the same sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from inference.coarse import _normalise
+from tests.training.balls import TINY_SAM, config, write_balls
+from training.augmentation import Chance, change_intensities, masked_z_scores
+from training.dataset import Sample, WindowDataset
+from training.synthesis import random_shape, supervoxel
+from training.volumes import load_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_balls(tmp_path)
+
+
+def _dataset(folder: Path, **values: object) -> WindowDataset:
+    volumes = load_folder(folder) + load_folder(folder / "maps")
+    return WindowDataset(volumes, config(**values))
+
+
+def _equal(a: Sample, b: Sample) -> bool:
+    return torch.equal(a.image, b.image) and torch.equal(a.target, b.target)
+
+
+@pytest.mark.parametrize("no_box", [0.0, 1.0])
+def test_prompts_fit_the_object(folder: Path, no_box: float) -> None:
+    dataset = _dataset(folder, no_box=no_box, synthetic=0.0, zoom=0.0)
+    for sample in dataset.draw(range(40), 16):
+        target = sample.target
+        assert target.any() and sample.image.shape == (16, 16, 16)
+        where = target.nonzero().float()
+        if no_box:
+            ((position, positive),) = sample.prompts.clicks
+            assert sample.prompts.box is None and positive
+            assert target[tuple(int(v) for v in position)]
+        else:
+            assert sample.prompts.box is not None
+            low, high = (torch.tensor(corner) for corner in sample.prompts.box)
+            inside = (where >= low - 1) & (where <= high + 1)
+            assert inside.all(1).float().mean() > 0.85, "balls hardly leave their box"
+            assert abs(float(where[:, 0].min()) - 0.5 - float(low[0])) < 1.5
+            assert float(low[0]) <= sample.prompts.middle <= float(high[0])
+
+
+def test_windows_with_a_box_are_about_as_large_as_inference_makes_them(folder: Path) -> None:
+    dataset = _dataset(folder, no_box=0.0, synthetic=0.0, zoom=0.0, warp=0.0)
+    shares = []
+    for sample in dataset.draw(range(40), 32):
+        assert sample.prompts.box is not None
+        low, high = sample.prompts.box
+        shares.append(max(b - a for a, b in zip(low, high, strict=True)) / 32)
+    assert 1.5 < 1 / np.mean(shares) < 2.2
+
+
+def test_windows_without_a_box_may_be_smaller_than_the_object(folder: Path) -> None:
+    dataset = _dataset(folder, no_box=1.0, synthetic=0.0, warp=0.0)
+    shares = [float(sample.target.float().mean()) for sample in dataset.draw(range(60), 16)]
+    assert max(shares) > 0.6 and min(shares) < 0.02
+
+
+def test_a_close_look_begins_with_a_mask(folder: Path) -> None:
+    dataset = _dataset(folder, no_box=0.0, synthetic=0.0, zoom=1.0)
+    samples = dataset.draw(range(20), 8)  # balls of 16 to 20 voxels: all are large
+    overlaps = []
+    for sample in samples:
+        assert sample.mask is not None
+        both = (sample.mask & sample.target).sum()
+        overlaps.append(float(2 * both / (sample.mask.sum() + sample.target.sum())))
+    assert 0.5 < np.mean(overlaps) < 0.99
+
+
+def test_a_number_always_gives_the_same_sample(folder: Path) -> None:
+    values = {"synthetic": 0.3, "supervoxels": 0.2, "shapes": 0.2, "warp": 0.5}
+    dataset = _dataset(folder, **values)
+    several = dataset.draw([5, 6, 7], 16)
+    (again,) = _dataset(folder, **values).draw([6], 16)
+    assert _equal(several[1], again) and several[1].prompts == again.prompts
+    assert not _equal(several[0], several[2])
+    (other,) = _dataset(folder, **values, seed=1).draw([6], 16)
+    assert not _equal(again, other)
+
+
+@pytest.mark.parametrize("kind", ["synthetic", "supervoxels", "shapes"])
+def test_synthetic_objects_stand_out_and_have_their_box(folder: Path, kind: str) -> None:
+    shares = {"synthetic": 0.0, "supervoxels": 0.0, "shapes": 0.0, kind: 1.0}
+    dataset = _dataset(folder, **shares, no_box=0.0, noise=0.0)
+    samples = dataset.draw(range(24), 24)
+    name = {"synthetic": "LM_balls", "supervoxels": "Synthetic_supervoxel"}
+    assert {s.source for s in samples} == {name.get(kind, "Synthetic_shape")}
+    contrast = []
+    for sample in samples:
+        assert sample.prompts.box is not None and sample.image.isfinite().all()
+        inside, outside = sample.image[sample.target], sample.image[~sample.target]
+        if len(outside):
+            contrast.append(float((inside.mean() - outside.mean()).abs() / sample.image.std()))
+        where = sample.target.nonzero()[:, 0]
+        low, high = (corner[0] for corner in sample.prompts.box)
+        if kind != "synthetic":
+            assert low == float(where.min()) - 0.5 and high == float(where.max()) + 0.5
+    assert np.mean(contrast) > 0.4
+
+
+def test_supervoxels_follow_the_image() -> None:
+    """A bright ball in the middle: the supervoxel keeps to one side of its surface."""
+    grid = torch.stack(torch.meshgrid(*[torch.arange(32.0) - 15.5] * 3, indexing="ij"))
+    ball = grid.square().sum(0) < 7**2
+    inside = []
+    for seed in range(10):
+        mask = supervoxel(100.0 * ball, Chance(seed, torch.device("cpu")))
+        assert mask.any() and not mask.all()
+        inside.append(float((mask & ball).sum() / mask.sum()))
+    assert np.mean(inside) > 0.8
+
+
+def test_random_shapes_differ_and_are_labelled_alone() -> None:
+    sizes = set()
+    for seed in range(10):
+        labels, mask = random_shape(torch.zeros(24, 24, 24), Chance(seed, torch.device("cpu")))
+        assert torch.equal(labels == labels.max(), mask) or not mask.any()
+        sizes.add(int(mask.sum()))
+    assert len(sizes) > 7
+
+
+def test_sloppy_boxes_are_off_by_a_little(folder: Path) -> None:
+    values = {"no_box": 0.0, "synthetic": 0.0, "zoom": 0.0, "warp": 0.0}
+    exact = _dataset(folder, **values).draw(range(20), 16)
+    sloppy = _dataset(folder, **values, sloppy_box=1.0).draw(range(20), 16)
+    off = []
+    for a, b in zip(exact, sloppy, strict=True):
+        assert a.prompts.box is not None and b.prompts.box is not None
+        off += np.abs(np.subtract(a.prompts.box, b.prompts.box)).ravel().tolist()
+    assert 0.1 < np.mean(off) < 1.5 and max(off) < 3
+
+
+def test_intensities_are_left_alone_where_nothing_is_to_change(folder: Path) -> None:
+    still = dict.fromkeys(("gamma", "inversion", "low_resolution", "blur", "shading", "noise"), 0.0)
+    raw = _dataset(folder, **still, synthetic=0.0).draw(range(4), 16)
+    assert max(float(sample.image.max()) for sample in raw) > 100
+    changed = change_intensities(raw[0].image, config(), Chance(0, torch.device("cpu")))
+    assert changed.isfinite().all() and float(changed.max()) < 5
+
+
+def test_z_scores_are_those_of_the_coarse_stage() -> None:
+    images = torch.rand(3, 8, 8, 8) * 100 - 40
+    images[1] = -images[1].abs()  # nothing above 0
+    images[2] = 7.0
+    ours = masked_z_scores(images)
+    for one, image in zip(ours, images, strict=True):
+        torch.testing.assert_close(one, _normalise(image), rtol=1e-4, atol=1e-4)
+
+
+def test_objects_too_small_to_show_are_reported(tmp_path: Path) -> None:
+    gts = np.zeros((8, 300, 300), np.uint8)
+    gts[4, 150, 146:154] = 1
+    np.savez(tmp_path / "CT_thread_0.npz", imgs=gts, gts=gts, spacing=[9.0, 9.0, 9.0])
+    settings = config(network="sam_med3d", sam=TINY_SAM | {"windows": "1.5mm"}, synthetic=0.0)
+    dataset = WindowDataset(load_folder(tmp_path), settings)
+    assert dataset.draw([0], 32)[0].target.any()
+    with pytest.raises(ValueError, match="shows 8 cells of an object after 100 attempts"):
+        WindowDataset(load_folder(tmp_path), config(box_scale=[90.0, 99.0], no_box=0.0)).draw(
+            [0], 16
+        )

@@ -1,0 +1,199 @@
+"""Windows cut from the store show what inference's windows show, and pyramids keep the mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from inference.coarse import CoarseStage
+from inference.geometry import Window, window_around
+from inference.model.sam_med3d import SamMed3D
+from inference.resampling import resample
+from tests.training.balls import TINY_SAM, config, write_balls
+from training.plan import Plan, Planner
+from training.volumes import LabelledVolume, VolumeStore, load_folder
+from training.windows import cut_windows
+
+STILL = {"warp": 0.0, "permute": 0.0, "flip": 0.0, "synthetic": 0.0}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> VolumeStore:
+    """Two smooth volumes of anisotropic voxels with a few objects each."""
+    rng = np.random.default_rng(0)
+    for i, shape in enumerate([(25, 90, 80), (70, 64, 33)]):
+        smooth = ndimage.gaussian_filter(rng.standard_normal(shape), 9)
+        labels = np.digitize(smooth, np.quantile(smooth, [0.6, 0.85])).astype(np.uint8)
+        image = labels * 60 + rng.normal(40, 3, shape)
+        np.savez(
+            tmp_path / f"CT_smooth_{i}.npz",
+            imgs=image.clip(0, 255).astype(np.uint8),
+            gts=labels,
+            spacing=[1.0, 1.0, 3.0 - i],
+        )
+    return VolumeStore(load_folder(tmp_path), "cpu")
+
+
+def _window(plan: Plan) -> Window:
+    """The window of a plan without flips, permutation and warp."""
+    size = 2 * np.abs(plan.scale).sum(1)
+    start = np.round(plan.origin + 0.5 - size / 2).astype(int)
+    low, high = start.tolist(), (start + np.round(size).astype(int)).tolist()
+    return Window(tuple(low), tuple(high), (plan.edge,) * 3)
+
+
+def _as_inference(volume: LabelledVolume, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and object in a plan's window, as inference resamples them."""
+    assert volume.image is not None
+    window = _window(plan)
+    image = window.crop(volume.image.numpy(), edge=True)
+    mask = window.crop(volume.labels.numpy()) == plan.label
+    both = (torch.from_numpy(np.ascontiguousarray(v)).float()[None] for v in (image, mask))
+    cells, share = (resample(v, window.shape)[0] for v in both)
+    return cells, share > 0.5
+
+
+@pytest.mark.parametrize("edge", [24, 48])
+def test_windows_look_as_inference_sees_them(store: VolumeStore, edge: int) -> None:
+    planner = Planner(store, config(**STILL, no_box=0.5))
+    errors, overlaps = [], []
+    for i in range(40):
+        plan = planner.plan(i, np.random.default_rng(i), edge)
+        image, share = cut_windows(store, [plan])
+        expected, mask = _as_inference(store.volumes[plan.volume], plan)
+        errors.append(float((image[0] - expected).std() / expected.std()))
+        ours = share[0] > 0.5
+        overlaps.append(float(2 * (ours & mask).sum() / (ours.sum() + mask.sum())))
+    assert np.median(errors) < 0.15
+    assert np.median(overlaps) > 0.95
+
+
+def test_a_window_of_whole_voxels_is_copied_exactly(store: VolumeStore) -> None:
+    planner = Planner(store, config(**STILL))
+    plan = planner.plan(0, np.random.default_rng(0), 16)
+    volume = store.volumes[plan.volume]
+    assert volume.image is not None
+    plan = dataclasses.replace(plan, scale=np.eye(3) * 8, origin=np.array([5, 30, 15]) + 7.5)
+    image, share = cut_windows(store, [plan])
+    expected = volume.image[5:21, 30:46, 15:31].float()
+    torch.testing.assert_close(image[0], expected, rtol=0, atol=0.01)  # float32 places
+    assert torch.equal(share[0] > 0.5, volume.labels[5:21, 30:46, 15:31] == plan.label)
+
+
+def test_outside_there_is_the_edge_of_the_image_and_no_object(store: VolumeStore) -> None:
+    plan = Planner(store, config(**STILL)).plan(0, np.random.default_rng(0), 16)
+    volume = store.volumes[plan.volume]
+    assert volume.image is not None
+    far = np.array(volume.labels.shape) + 99.0
+    plan = dataclasses.replace(plan, scale=np.eye(3) * 8, origin=far)
+    image, share = cut_windows(store, [plan])
+    assert (image == volume.image[-1, -1, -1]).all() and not share.any()
+
+
+def test_batches_are_cut_as_single_windows(
+    store: VolumeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = Planner(store, config(warp=0.7))
+    plans = [planner.plan(i, np.random.default_rng(i), 16) for i in range(9)]
+    single = cut_windows(store, plans)
+    monkeypatch.setattr("training.windows._CHUNK", {})
+    together = cut_windows(store, plans)
+    for a, b in zip(single, together, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+
+
+def test_flips_and_permutations_turn_image_and_object_alike(store: VolumeStore) -> None:
+    base = Planner(store, config(**STILL)).plan(3, np.random.default_rng(3), 16)
+    image, share = cut_windows(store, [base])
+    turned = dataclasses.replace(
+        base, scale=base.scale[:, [2, 0, 1]], turn=np.diag([1.0, -1.0, 1.0])
+    )
+    for before, after in zip((image, share), cut_windows(store, [turned]), strict=True):
+        # The new axes show the old ones 2, 0, 1; the second of them is reversed.
+        expected = before[0].permute(2, 0, 1).flip(1)
+        torch.testing.assert_close(after[0], expected, rtol=0, atol=2e-3)
+
+
+def test_levels_keep_the_mean_and_halve_the_finest_axes(store: VolumeStore) -> None:
+    for volume, levels in zip(store.volumes, store.levels, strict=True):
+        assert volume.image is not None
+        assert levels[0].shape == tuple(volume.labels.shape) and len(levels) > 1
+        last = levels[-1]
+        assert max(last.shape) <= 32
+        seen = store.images[last.offset :][: np.prod(last.shape)].float().mean()
+        assert float(seen) == pytest.approx(float(volume.image.float().mean()), abs=8)
+        spacing = np.array(volume.spacing_mm) * levels[1].factor
+        assert spacing.max() / spacing.min() <= max(volume.spacing_mm)
+
+
+def test_volumes_are_read_with_spacing_in_our_order(tmp_path: Path) -> None:
+    volume = load_folder(write_balls(tmp_path))[0]
+    assert volume.spacing_mm == (3.0, 2.0, 1.0)
+    assert (volume.modality, volume.source) == ("CT", "CT_balls")
+    assert [seen.label for seen in volume.objects] == [1, 2]
+    assert volume.objects[1].deepest[1:] == pytest.approx((25, 36), abs=1)
+
+
+def test_a_case_list_chooses_among_the_files(tmp_path: Path) -> None:
+    folder = write_balls(tmp_path)
+    (volume,) = load_folder(folder, ["CT_balls_1.npz"])
+    assert volume.name == "CT_balls_1"
+    with pytest.raises(ValueError, match="lacks 1 of 2 listed cases, CT_gone first"):
+        load_folder(folder, ["CT_balls_1", "CT_gone"])
+
+
+def test_folders_without_labels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="accepted: npz files with gts"):
+        load_folder(tmp_path)
+    np.savez(tmp_path / "CT_a_0.npz", imgs=np.zeros((4, 4, 4)), spacing=[1, 1, 1])
+    with pytest.raises(ValueError, match="accepted: npz with gts and spacing"):
+        load_folder(tmp_path)
+
+
+def test_a_modality_without_weight_is_an_error(tmp_path: Path) -> None:
+    store = VolumeStore(load_folder(write_balls(tmp_path)), "cpu")
+    with pytest.raises(ValueError, match=r"no volume of a modality in \['MR'\]; found \['CT'\]"):
+        Planner(store, config(modality_weights=[["MR", 1.0]]))
+
+
+def test_public_windows_are_those_of_the_coarse_stage(store: VolumeStore) -> None:
+    """The same cube at 1.5 mm; a coarser one where the object is large."""
+    settings = config(network="sam_med3d", sam=TINY_SAM, **STILL)
+    stage = CoarseStage(SamMed3D(settings.sam), torch.device("cpu"))
+    planner = Planner(store, settings)
+    for i in range(12):
+        plan = planner.plan(i, np.random.default_rng(i), 32)
+        volume = store.volumes[plan.volume]
+        seen = next(o for o in volume.objects if o.label == plan.label)
+        shape = (32, 32, 32)
+        region = window_around(seen.start, seen.stop, shape, volume.spacing_mm, 1.8)
+        theirs = stage.window(region, volume.spacing_mm)
+        ours = _window(plan)
+        assert np.abs(np.subtract(ours.size, theirs.size)).max() <= 0.02 * max(ours.size) + 1
+        assert np.abs(np.subtract(ours.start, theirs.start)).max() <= 2
+
+
+def test_an_epoch_shows_every_object_once(store: VolumeStore) -> None:
+    planner = Planner(store, config(**STILL, sampling="epochs", seed=4))
+    count = planner.objects
+    seen = []
+    for number in range(2 * count):
+        plan = planner.plan(number, np.random.default_rng(number), 16)
+        seen.append((plan.volume, plan.label))
+    assert len(set(seen[:count])) == len(set(seen[count:])) == count
+    assert seen[:count] != seen[count:]
+
+
+def test_hard_datasets_are_drawn_more_often(tmp_path: Path) -> None:
+    folder = write_balls(tmp_path)
+    (folder / "CT_balls_1.npz").rename(folder / "CT_other_1.npz")
+    planner = Planner(VolumeStore(load_folder(folder), "cpu"), config(hard=2.0, synthetic=0.0))
+    dice = {"CT_balls": 0.9, "CT_other": 0.4}
+    plans = [planner.plan(i, np.random.default_rng(i), 16, dice=dice) for i in range(300)]
+    share = np.mean([plan.volume == 1 for plan in plans])
+    assert share == pytest.approx(0.7**2 / (0.7**2 + 0.2**2), abs=0.06)

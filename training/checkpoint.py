@@ -1,0 +1,48 @@
+"""Checkpoints of a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inference.model.refiner import Refiner
+from inference.model.sam_med3d import SamMed3D, build_sam_med3d
+from training.config import Config
+
+#: Under which name a checkpoint has the network's configuration.
+PREFIX = {"refiner": "refiner", "sam_med3d": "sam"}
+
+
+def build_network(config: Config) -> Refiner | SamMed3D:
+    """The configured network with random weights."""
+    if config.network == "refiner":
+        return Refiner(config.refiner)
+    return build_sam_med3d(config.sam)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; it appears under its name only when it is complete and on disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of a run; nothing in it is executed.
+
+    Raises:
+        ValueError: it is no checkpoint of a run.
+    """
+    state = torch.load(path, weights_only=True, map_location=device)
+    if not isinstance(state, dict) or not {"model", "average", "step"} <= set(state):
+        raise ValueError(f"{path}: no checkpoint of a run; accepted: checkpoint.pt of training")
+    return state

@@ -1,0 +1,99 @@
+"""The processes of a run: one by default, several under ``torchrun``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Attributes:
+        rank: 0..size-1; rank 0 logs and saves.
+        size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that logs and saves."""
+        return self.rank == 0
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network, averaging its gradients over all processes."""
+        if self.size == 1:
+            return network
+        # SAM-Med3D leaves some parameters without gradient in some steps (no points, no box).
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=ids, find_unused_parameters=True)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on the host."""
+        if self.size == 1:
+            return values
+        total = values.to(self.device)
+        distributed.all_reduce(total)
+        return total.cpu()
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every process at rank 0, in order; an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size if self.first else []
+        distributed.gather_object(value, found if self.first else None)
+        return found
+
+    def agree(self, flag: bool) -> bool:
+        """The first process's flag, in every process."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor([int(flag)], device=self.device)
+        distributed.broadcast(said, 0)
+        return bool(said.item())
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, if it did, and leave them at the end.
+
+    Args:
+        device: ``cpu`` or ``cuda``; each process takes the GPU of its local rank.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, torch.device(device))
+        return
+    own = torch.device(device)
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+    distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield World(distributed.get_rank(), size, own)
+    finally:
+        distributed.destroy_process_group()
+
+
+def without_sync(network: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Where gradients are only accumulated: they need not cross the network."""
+    if wanted and isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,200 @@
+"""How the refiner is trained: a pool of objects, each one round further at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from inference.prompts import WindowPrompts, refiner_channels
+from training.click_simulation import next_clicks
+from training.config import Config
+from training.dataset import Sample, WindowDataset
+from training.losses import dice_score, segmentation_loss
+from training.scores import Scores
+
+
+@dataclass
+class _Place:
+    """One object of the pool: how far its interaction is."""
+
+    number: int  # of the window
+    sample: Sample
+    mask: Tensor | None
+    left: int  # rounds, the next one included
+    round: int
+
+
+class RefinerRounds:
+    """A pool of objects: every step is one round of each.
+
+    The next click comes from the step's own output; an object leaves after its last round or once
+    it is perfect. All chance follows from the seed, the window's number and the round.
+
+    Args:
+        network: the refiner, perhaps wrapped for several processes.
+        dataset: where objects come from.
+        config: of the run.
+        slots: of this process's places among those of all processes, a forward pass a row.
+        total: places of all processes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        dataset: WindowDataset,
+        config: Config,
+        slots: list[list[int]],
+        total: int,
+    ) -> None:
+        """Start with an empty pool."""
+        self._network, self._dataset, self._config = network, dataset, config
+        self._slots, self._total = slots, total
+        self._drawn = {slot: 0 for row in slots for slot in row}  # objects so far
+        self._pool: dict[int, _Place] = {}
+        self.samples: dict[str, Tensor] = {}
+
+    def loss(
+        self, part: int, step: int, progress: float, dice: Mapping[str, float], scores: Scores
+    ) -> Tensor:
+        """One forward pass: a round of each object of a row of the pool.
+
+        Args:
+            part: which row.
+            step: steps so far (the pool remembers by itself).
+            progress: share of the run so far: it decides the window's edge.
+            dice: mean Dice of each dataset so far.
+            scores: are added to.
+
+        Returns:
+            The mean loss; the clicks of the next round are already drawn.
+        """
+        edge = [size for start, size in self._config.windows if start <= progress][-1]
+        row = self._slots[part]
+        self._fill(row, edge, dice)
+        places = [self._pool[slot] for slot in row]
+        images = torch.stack([p.sample.image for p in places])
+        targets = torch.stack([p.sample.target for p in places])
+        masks = torch.stack(
+            [torch.zeros_like(p.sample.target) if p.mask is None else p.mask for p in places]
+        )
+        known = masks.flatten(1).any(1).tolist()
+        prompts = [p.sample.prompts for p in places]
+        channels = refiner_channels(images, prompts, masks.float(), known)
+        logits = self._network(channels).float()
+        losses = segmentation_loss(logits, targets[:, None].float(), self._config)
+        predicted = logits.detach()[:, 0] > 0
+        self._advance(places, predicted, targets, scores)
+        self.samples = {"image": images, "target": targets, "mask": predicted}
+        return losses.mean()
+
+    def _fill(self, row: list[int], edge: int, dice: Mapping[str, float]) -> None:
+        """Draw objects for the places of those that have left."""
+        empty = [
+            slot
+            for slot in row
+            if slot not in self._pool
+            or self._pool[slot].left < 1
+            or self._pool[slot].sample.image.shape[0] != edge
+        ]
+        if not empty:
+            return
+        numbers = [self._drawn[slot] * self._total + slot for slot in empty]
+        samples = self._dataset.draw(numbers, edge, dice=dice)
+        for slot, number, sample in zip(empty, numbers, samples, strict=True):
+            self._drawn[slot] += 1
+            rng = np.random.default_rng((self._config.seed, 2, number))
+            rounds = int(rng.integers(1, self._config.rounds + 1))
+            first = 0 if sample.prompts.box and sample.mask is None else 1
+            self._pool[slot] = _Place(number, sample, sample.mask, rounds, first)
+
+    def _advance(
+        self, places: list[_Place], predicted: Tensor, targets: Tensor, scores: Scores
+    ) -> None:
+        """Score a round and add what the user says next."""
+        rngs = [
+            np.random.default_rng((self._config.seed, 3, place.number, place.round))
+            for place in places
+        ]
+        silent = [bool(rng.random() < self._config.no_click) for rng in rngs]
+        clicks = next_clicks(
+            predicted,
+            targets,
+            [place.sample.cell for place in places],
+            [float(rng.random()) for rng in rngs],
+            self._config.clicks,
+            self._config.click_slack,
+        )
+        dice = dice_score(predicted, targets).tolist()
+        for place, mask, click, quiet, score in zip(
+            places, predicted, clicks, silent, dice, strict=True
+        ):
+            sample = place.sample
+            scores.add(sample.source, sample.prompts.box is not None, place.round, score)
+            place.mask = mask
+            place.left -= 1
+            place.round += 1
+            if click is None:
+                place.left = 0
+            elif not quiet:
+                known = sample.prompts.clicks
+                sample.prompts = dataclasses.replace(sample.prompts, clicks=(*known, click))
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next step depends on, as plain values and tensors."""
+        pool = {}
+        for slot, place in self._pool.items():
+            if place.left < 1:
+                continue
+            # Shared tensors of a batch would each be saved whole.
+            sample = {
+                f.name: _own(getattr(place.sample, f.name))
+                for f in dataclasses.fields(Sample)
+                if f.name != "prompts"
+            }
+            pool[slot] = {
+                "number": place.number,
+                "sample": sample,
+                "prompts": dataclasses.asdict(place.sample.prompts),
+                "mask": _own(place.mask),
+                "left": place.left,
+                "round": place.round,
+            }
+        return {"total": self._total, "drawn": self._drawn, "pool": pool}
+
+    def load(self, states: list[dict[str, Any]]) -> None:
+        """Go on from the states of all processes; with another number of places, from new objects.
+
+        Args:
+            states: of :meth:`state`, one a process of the run that saved them.
+        """
+        device = self._dataset.store.device
+        drawn = {slot: n for state in states for slot, n in state["drawn"].items()}
+        if not states or states[0]["total"] != self._total:
+            seen = max((s["total"] * max(s["drawn"].values()) for s in states), default=0)
+            self._drawn = dict.fromkeys(self._drawn, -(-seen // self._total))
+            return
+        self._drawn = {slot: drawn[slot] for slot in self._drawn}
+        for state in states:
+            for slot, entry in state["pool"].items():
+                if slot not in self._drawn:
+                    continue
+                values = {k: _moved(v, device) for k, v in entry["sample"].items()}
+                sample = Sample(prompts=WindowPrompts(**entry["prompts"]), **values)
+                mask = _moved(entry["mask"], device)
+                self._pool[slot] = _Place(
+                    entry["number"], sample, mask, entry["left"], entry["round"]
+                )
+
+
+def _own(value: Any) -> Any:
+    return value.clone().cpu() if isinstance(value, Tensor) else value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

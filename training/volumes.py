@@ -1,0 +1,291 @@
+"""Labelled volumes: read from challenge files, their objects measured, all kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import edt
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from inference.geometry import Triple
+from training.click_simulation import challenge_box
+
+_SMALLEST_OBJECT = 8  # voxels
+_SURFACE_VOXELS = 64  # kept of each object
+_COARSEST = 32  # a pyramid ends where no axis is longer
+_SEED = 17  # of which surface voxels are kept
+_ALIASES = {"MRI": "MR", "Ultrasound": "US"}
+
+Point = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class TrainingObject:
+    """One object of a volume, in voxels (z, y, x).
+
+    Attributes:
+        label: its value in the label map.
+        start, stop: half-open bounding box.
+        boxes: the challenge's box for each choice of the slice axis: lower edges, upper edges
+            (voxel centre +- 0.5), middle slice.
+        deepest: about the voxel deepest inside, in millimetres.
+        surface: (N, 3) some of its outermost voxels.
+    """
+
+    label: int
+    start: Triple
+    stop: Triple
+    boxes: tuple[tuple[Point, Point, float], ...]
+    deepest: Triple
+    surface: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class LabelledVolume:
+    """A volume with its objects; ``image`` is None for a label map without an image.
+
+    Attributes:
+        name: file name without suffix.
+        image: (D, H, W) uint8.
+        labels: (D, H, W) uint8, or int16 where there are more than 255.
+        spacing_mm: (z, y, x).
+        objects: those of at least eight voxels, by label.
+    """
+
+    name: str
+    image: Tensor | None
+    labels: Tensor
+    spacing_mm: Point
+    objects: tuple[TrainingObject, ...]
+
+    @property
+    def modality(self) -> str:
+        """The part of the file name before the first underscore."""
+        first = self.name.split("_")[0]
+        return _ALIASES.get(first, first)
+
+    @property
+    def source(self) -> str:
+        """Modality and dataset, the first two parts of the file name."""
+        return "_".join([self.modality, *self.name.split("_")[1:2]])
+
+
+def load_volumes(paths: Sequence[Path]) -> list[LabelledVolume]:
+    """Read challenge npz files with ``gts``; those without an object are left out.
+
+    Raises:
+        ValueError: a file has no ``gts`` or no ``spacing``, or none has an object.
+    """
+    volumes = []
+    for path in paths:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not {"gts", "spacing"} <= set(arrays.files):
+                raise ValueError(f"{path} holds {arrays.files}; accepted: npz with gts and spacing")
+            image = arrays["imgs"] if "imgs" in arrays.files else None
+            volumes.append(_volume(path.stem, image, arrays["gts"], arrays["spacing"]))
+    volumes = [volume for volume in volumes if volume.objects]
+    if not volumes:
+        raise ValueError(f"no labelled object in {len(paths)} files; accepted: npz files with gts")
+    return volumes
+
+
+def load_folder(folder: Path, cases: Sequence[str] | None = None) -> list[LabelledVolume]:
+    """Read the labelled volumes of a folder, all or those whose names are listed.
+
+    Args:
+        folder: holds challenge npz files.
+        cases: file names, with or without ``.npz``.
+
+    Raises:
+        ValueError: there is none, a listed one is missing, or :func:`load_volumes` refuses.
+    """
+    paths = sorted(folder.glob("*.npz"))
+    if cases is not None:
+        wanted = {Path(name).name.removesuffix(".npz") for name in cases}
+        missing = sorted(wanted - {path.stem for path in paths})
+        if missing:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of {len(wanted)} listed cases, {missing[0]} first"
+            )
+        paths = [path for path in paths if path.stem in wanted]
+    if not paths:
+        raise ValueError(f"{folder} holds no labelled volume; accepted: npz files with gts")
+    return load_volumes(paths)
+
+
+def _volume(
+    name: str,
+    image: NDArray[np.generic] | None,
+    labels: NDArray[np.generic],
+    spacing_xyz: NDArray[np.generic],
+) -> LabelledVolume:
+    x, y, z = (float(v) for v in spacing_xyz)
+    kept = np.ascontiguousarray(labels.astype(np.uint8 if labels.max() < 256 else np.int16))
+    voxels = None
+    if image is not None:
+        if image.shape != labels.shape:
+            raise ValueError(f"{name}: imgs {image.shape} and gts {labels.shape} differ in shape")
+        clipped = np.clip(np.nan_to_num(image.astype(np.float32)), 0, 255)
+        voxels = torch.from_numpy(clipped.round().astype(np.uint8))
+    objects = []
+    for label, place in enumerate(ndimage.find_objects(kept.astype(np.int32)), start=1):
+        if place is None:
+            continue
+        mask = kept[place] == label
+        if mask.sum() >= _SMALLEST_OBJECT:
+            start = (place[0].start, place[1].start, place[2].start)
+            objects.append(_measured(label, mask, start, (z, y, x)))
+    return LabelledVolume(name, voxels, torch.from_numpy(kept), (z, y, x), tuple(objects))
+
+
+def _measured(
+    label: int, mask: NDArray[np.bool_], start: Triple, spacing_mm: Point
+) -> TrainingObject:
+    """What windows and prompts need to know of an object, ``mask`` being its bounding box."""
+    stop = tuple(a + n for a, n in zip(start, mask.shape, strict=True))
+    boxes = []
+    for axis in range(3):
+        low, high, middle = challenge_box(np.moveaxis(mask, axis, 0))
+        edges = []
+        for corner in (low, high):
+            back = list(corner[1:])
+            back.insert(axis, corner[0])
+            edges.append(tuple(c + s for c, s in zip(back, start, strict=True)))
+        boxes.append((edges[0], edges[1], middle + start[axis]))
+    steps = [max(1, n // 48) for n in mask.shape]
+    few = np.ascontiguousarray(mask[:: steps[0], :: steps[1], :: steps[2]])
+    if not few.any():  # a thin object between the steps
+        few, steps = np.ascontiguousarray(mask), [1, 1, 1]
+    apart = [n * mm for n, mm in zip(steps, spacing_mm, strict=True)]
+    depth = edt.edt(few, anisotropy=apart, black_border=True)
+    found = np.unravel_index(int(depth.argmax()), depth.shape)
+    deepest = tuple(int(i) * n + a for i, n, a in zip(found, steps, start, strict=True))
+    surface = np.argwhere(mask & ~ndimage.binary_erosion(mask))
+    rng = np.random.default_rng((_SEED, label, len(surface)))
+    chosen = surface[rng.permutation(len(surface))[:_SURFACE_VOXELS]] + np.array(start)
+    return TrainingObject(
+        label,
+        start,
+        stop,  # type: ignore[arg-type]
+        tuple(boxes),
+        deepest,  # type: ignore[arg-type]
+        chosen.astype(np.int32),
+    )
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of a volume's pyramid.
+
+    Attributes:
+        offset: of its first voxel in the store's buffers.
+        shape: (D, H, W).
+        factor: voxels of the volume along an edge of one of its voxels, per axis.
+    """
+
+    offset: int
+    shape: Triple
+    factor: Triple
+
+
+class VolumeStore:
+    """Volumes of any sizes in one buffer on the device, as bytes, each with its pyramid.
+
+    A window much larger than its grid is read from a coarser level, where every voxel is the mean
+    of those it covers (for labels: the most frequent, background winning ties), as inference
+    averages the voxels of a cell. Levels halve the axes of finest spacing until all are alike.
+
+    Attributes:
+        volumes: those with an image first.
+        images: (N,) uint8, all levels of all images.
+        labels: (M,) uint8 or int16, the same places and, behind them, volumes without an image.
+        levels: of each volume, finest first.
+    """
+
+    def __init__(self, volumes: Sequence[LabelledVolume], device: torch.device | str) -> None:
+        """Build the pyramids and move everything to ``device``."""
+        self.volumes = [v for v in volumes if v.image is not None]
+        self.volumes += [v for v in volumes if v.image is None]
+        kind = torch.int16 if any(v.labels.dtype == torch.int16 for v in volumes) else torch.uint8
+        images, labels, self.levels = [], [], []
+        offset = 0
+        for volume in self.volumes:
+            levels = []
+            for image, label, factor in _pyramid(volume):
+                D, H, W = label.shape
+                levels.append(Level(offset, (D, H, W), factor))
+                offset += label.numel()
+                labels.append(label.to(kind).reshape(-1))
+                if image is not None:
+                    images.append(image.reshape(-1))
+            self.levels.append(tuple(levels))
+        self.images = torch.cat(images).to(device) if images else torch.zeros(1, dtype=torch.uint8)
+        self.labels = torch.cat(labels).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the voxels lie."""
+        return self.labels.device
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers."""
+        return self.images.nbytes + self.labels.nbytes
+
+
+def _pyramid(volume: LabelledVolume) -> list[tuple[Tensor | None, Tensor, Triple]]:
+    """Levels of a volume, finest first: image, labels, factor per axis."""
+    image, labels, factor = volume.image, volume.labels, (1, 1, 1)
+    levels = [(image, labels, factor)]
+    while max(labels.shape) > _COARSEST:
+        spacing = [f * s for f, s in zip(factor, volume.spacing_mm, strict=True)]
+        # An axis of few voxels is left alone, whatever its spacing.
+        long = [s for s, n in zip(spacing, labels.shape, strict=True) if n > 2]
+        axes = [
+            axis for axis in range(3) if labels.shape[axis] > 2 and spacing[axis] < 1.5 * min(long)
+        ]
+        image = None if image is None else _halve(image, axes, _mean)
+        labels = _halve(labels, axes, _majority)
+        z, y, x = (f * (1 + (a in axes)) for a, f in enumerate(factor))
+        factor = (z, y, x)
+        levels.append((image, labels, factor))
+    return levels
+
+
+def _halve(volume: Tensor, axes: Sequence[int], combine: object) -> Tensor:
+    """(D, H, W) with some axes at half the resolution; odd ones are completed by their edge."""
+    for axis in axes:
+        if volume.shape[axis] % 2:
+            volume = torch.cat([volume, volume.narrow(axis, volume.shape[axis] - 1, 1)], axis)
+    parts = [volume]
+    for axis in axes:
+        index = (slice(None),) * axis
+        parts = [p[(*index, slice(i, None, 2))] for p in parts for i in (0, 1)]
+    return combine(parts)  # type: ignore[operator, no-any-return]
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(parts[0], dtype=torch.int16)
+    for part in parts:
+        total += part
+    return ((total + len(parts) // 2) // len(parts)).to(parts[0].dtype)
+
+
+def _majority(parts: Sequence[Tensor]) -> Tensor:
+    """The most frequent value at each place; the smallest of equally frequent ones."""
+    best = parts[0].clone()
+    most = torch.zeros_like(best, dtype=torch.uint8)
+    for candidate in parts:
+        count = torch.zeros_like(most)
+        for other in parts:
+            count += candidate == other
+        better = (count > most) | ((count == most) & (candidate < best))
+        best = torch.where(better, candidate, best)
+        most = torch.maximum(most, count)
+    return best
