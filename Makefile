@@ -50,7 +50,7 @@ $(training): $(runtime) training/requirements.txt
 	@$(pip) -r requirements.txt -r training/requirements.txt
 	@touch $@
 
-$(tests): $(training) tests/requirements.txt
+$(tests): $(training) tests/requirements.txt inference/cluster-requirements.txt
 	@$(pip) -r requirements.txt -r training/requirements.txt -r tests/requirements.txt
 	@touch $@
 
@@ -81,7 +81,7 @@ image:
 	@docker build --build-arg TORCH="$(TORCH)" --build-arg VERSION="$(VERSION)" \
 	    --build-arg REVISION="$(REVISION)" --build-arg SOURCE="$(SOURCE)" -t "$(IMAGE)" .
 
-image-test: image $(tests)
+image-test: $(tests) image
 	@IMAGE="$(IMAGE)" $(python) -m pytest tests/container $(if $(QUICK),-m "not slow")
 
 export: image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -75,19 +76,23 @@ def outputs(tmp_path: Path) -> Path:
     return folder
 
 
+def run_image(
+    image: str, inputs: Path, outputs: Path, *options: str, command: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Start an image on two folders, with further options of ``docker run``."""
+    mounts = ("-v", f"{inputs}:/workspace/inputs:ro", "-v", f"{outputs}:/workspace/outputs")
+    return subprocess.run(
+        ["docker", "run", "--rm", "--network", "none", *mounts, *options, image, *command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 @pytest.fixture
 def start(image: str, inputs: Path, outputs: Path) -> Start:
-    def start(*options: str, command: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        mounts = ("-v", f"{inputs}:/workspace/inputs:ro", "-v", f"{outputs}:/workspace/outputs")
-        return subprocess.run(
-            ["docker", "run", "--rm", "--network", "none", *mounts, *options, image, *command],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return start
+    return functools.partial(run_image, image, inputs, outputs)
 
 
 def check_results(inputs: Path, outputs: Path, missing: tuple[str, ...] = ()) -> None:
