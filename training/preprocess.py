@@ -265,7 +265,7 @@ def _convert_one(case: RawCase, file: str, how: Conversion, out: Path) -> Row:
 def _save(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Write an npz that appears under its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.stem}.part")  # the next run takes the same name
     try:
         with temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=True, **arrays)

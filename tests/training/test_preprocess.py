@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import SimpleITK as sitk
 from inference.case import load_case
 from inference.nifti import to_image
 from inference.object_prompts import stored_box
+from tests.conftest import CHECKOUT
 from tests.phantoms import challenge_case
 from tests.test_nifti import DIRECTIONS, SIZE, SPACING, blobs, write_series
 from training.evaluation.labelled_case import load_labelled_case
@@ -413,3 +417,30 @@ def test_what_cannot_start_ends_with_2(
         with pytest.raises(SystemExit) as raised:
             run(images, out, *words)
         assert raised.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_killed_run_leaves_whole_cases_and_goes_on(folders: tuple[Path, Path, Path]) -> None:
+    """Killed at an arbitrary moment: every npz can be read, and the rest follows."""
+    images, labels, out = folders
+    for i in range(40):
+        shutil.copy(images / "a.nii.gz", images / f"b{i:02}.nii.gz")
+        shutil.copy(labels / "a.nii.gz", labels / f"b{i:02}.nii.gz")
+    words = ["--labels", str(labels), "--modality", "CT"]
+    command = [sys.executable, "-m", "training.preprocess", str(images), str(out), *words]
+    process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(list(out.glob("*.npz"))) < 3 and time.monotonic() < until:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    there = sorted(out.glob("*.npz"))
+    assert 3 <= len(there) < 41
+    for path in there:
+        assert set(arrays(path)) == {"imgs", "gts", "spacing"}
+    assert run(images, out, *words) == 0
+    assert run(images, out.with_name("whole"), *words) == 0
+    expected = sorted(out.with_name("whole").glob("*.npz"))
+    assert [p.read_bytes() for p in sorted(out.glob("*.npz"))] == [p.read_bytes() for p in expected]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert rows(out).keys() == rows(out.with_name("whole")).keys()
+    assert {row["status"] for row in rows(out).values()} == {"done"}
