@@ -1,4 +1,8 @@
-"""Which number format networks run in on a device."""
+"""Which number format networks run in on a device.
+
+cuDNN chooses its kernels by rule, which is torch's default and is left so: trying them out for each
+number of windows would be paid for at every start, and one case could differ from run to run.
+"""
 
 from __future__ import annotations
 
