@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -62,16 +63,16 @@ def _capability_in(layer: IO[bytes]) -> str | None:
 
 
 def test_the_archive_loads_and_runs(archive: Path, inputs: Path, outputs: Path) -> None:
-    with gzip.open(archive) as file:
-        process = subprocess.Popen(
-            ["docker", "load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+    pipe = subprocess.PIPE
+    with (
+        gzip.open(archive) as file,
+        subprocess.Popen(["docker", "load"], stdin=pipe, stdout=pipe) as process,
+    ):
         assert process.stdin is not None and process.stdout is not None
-        while chunk := file.read(1 << 22):
-            process.stdin.write(chunk)
+        shutil.copyfileobj(file, process.stdin, 1 << 22)
         process.stdin.close()
         output = process.stdout.read().decode()
-        assert process.wait() == 0
+    assert process.returncode == 0
     loaded = output.split()[-1]  # Loaded image: NAME
     done = run_image(loaded, inputs, outputs, "--read-only", "--tmpfs", "/tmp")
     assert (done.returncode, done.stderr) == (0, "")
