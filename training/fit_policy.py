@@ -9,8 +9,12 @@ The procedure:
    with noise on the logits: the network has trained on these cases and errs less on them than on
    new ones. A unit is one object in one round at one level of noise.
 2. Step by step, in the order of application and on top of the rules found so far, every unit gets
-   every amount of the step. A candidate is an amount, for one modality or any, under up to two
-   conditions on measurements of the object, split at quantiles.
+   every amount of the step. A candidate is an amount, for one modality or any, without a condition
+   or with one on a measurement of the object, split at a quantile. (More conditions, or worth
+   without the standard error, chose rules that cross-validation then refused.) The threshold stands
+   on calibrated probabilities, so it is fitted on undegraded units alone, and its conditions are
+   given: a box, since without one the network is unsure which object is meant rather than where
+   its outline lies, and an object in one piece.
 3. A candidate is worth its mean gain in DSC less one standard error; modalities weigh alike, so do
    patients in them and units in those. A candidate is out where, for any modality's undegraded
    units, mean gain less one standard error is a loss beyond the tolerance.
@@ -50,14 +54,18 @@ AMOUNTS = {
     "gaps": (0.03, 0.06),
     "smooth": (0.02, 0.04, 0.08),
 }
+#: Conditions of a step's rules that are given, not fitted; such rules get no others.
+PRECONDITIONS = {
+    "threshold": (Condition("boxed", False, 1.0), Condition("scatter", True, 0.01)),
+}
+#: Steps whose worth is judged on undegraded units alone.
+UNDEGRADED = ("threshold",)
 #: Levels of noise, and the rounds that count at each.
 LEVELS = {0.0: (0, 1, 2, 3), 1.0: (0, 3), 3.0: (0, 3)}
 TOLERANCE = 0.0005  # of DSC
 _QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 _FOLDS = 5
 _RULES_A_STEP = 3
-_CONDITIONS = 2
-_BEAM = 12  # rules with one condition that are tried with a second
 
 
 @dataclass
@@ -173,18 +181,18 @@ class Fit:
     def _choose(self, step: Step) -> None:
         """Add rules to a step while cross-validation says that they help."""
         left = np.ones(len(self.units), bool)
-        everything = np.ones(len(self.units), bool)
+        judges = self.clean if step.name in UNDEGRADED else np.ones(len(self.units), bool)
         while len(step.rules) < _RULES_A_STEP:
             held_out = np.zeros(len(self.units))
             for fold in range(_FOLDS):
-                rule = self._best(step, left, self.fold != fold)
+                rule = self._best(step, left, judges & (self.fold != fold))
                 if rule is not None:
                     there = self.fold == fold
                     covers = left & self._covers(rule)
                     held_out[there] = self._gain(step, rule, covers)[there]
-            mean, low, high = self._interval(held_out, everything)
+            mean, low, high = self._interval(held_out, judges)
             worst = float(self._by_modality(held_out, self.clean)[0].min())
-            best = self._best(step, left, everything)
+            best = self._best(step, left, judges)
             verdict = best is not None and low > 0 and worst >= -TOLERANCE
             what = "nothing" if best is None else _in_words(best)
             step.notes.append(
@@ -200,27 +208,19 @@ class Fit:
 
     def _best(self, step: Step, left: NDArray[np.bool_], among: NDArray[np.bool_]) -> Rule | None:
         """The candidate of the highest worth on some units, None where none is worth anything."""
-        found: list[tuple[float, Rule, NDArray[np.bool_]]] = []
-        for modality in (ANY, *self.modalities):
-            covers = left & ((self.modality == modality) | (modality == ANY))
-            if (covers & among).any():
-                for amount in AMOUNTS[step.name]:
-                    found.append((0.0, Rule(step.name, amount, modality), covers))
-        beam = found
-        for _ in range(_CONDITIONS):
-            longer = [
-                (self._worth(step, one, inside, among), one, inside)
-                for _, rule, covers in beam
-                for one, inside in self._narrower(rule, covers, among)
-            ]
-            longer.sort(key=lambda candidate: -candidate[0])
-            beam = longer[:_BEAM]
-            found += longer
         best, most = None, 0.0
-        for _, rule, covers in found:
-            worth = self._worth(step, rule, covers, among)
-            if worth > most and self._harmless(step, rule, covers, among):
-                best, most = rule, worth
+        for modality in (ANY, *self.modalities):
+            base = Rule(step.name, 0, modality, PRECONDITIONS.get(step.name, ()))
+            covers = left & self._covers(base)
+            if not (covers & among).any():
+                continue
+            narrower = () if base.conditions else self._narrower(base, covers, among)
+            for rule, inside in ((base, covers), *narrower):
+                for amount in AMOUNTS[step.name]:
+                    candidate = replace(rule, amount=amount)
+                    worth = self._worth(step, candidate, inside, among)
+                    if worth > most and self._harmless(step, candidate, inside, among):
+                        best, most = candidate, worth
         return best
 
     def _narrower(
