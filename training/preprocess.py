@@ -199,7 +199,7 @@ class Log:
             return False
 
     def _write(self) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        temporary = self._path.with_name(f".{self._path.name}.part")
         with temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
@@ -292,7 +292,7 @@ def _write_manifests(out: Path, rows: Iterable[Row]) -> None:
                 }
             )
     for folder, entries in by_folder.items():
-        temporary = folder / f".manifest.json.{os.getpid()}"
+        temporary = folder / ".manifest.json.part"
         temporary.write_text(json.dumps(entries, indent=1, ensure_ascii=False), encoding="utf-8")
         temporary.replace(folder / "manifest.json")
 
