@@ -143,8 +143,10 @@ def _describe(
 ) -> DescribedCase:
     with NpzFile(path) as file:
         image, labels, spacing = (file.get(key) for key in ("imgs", "gts", "spacing"))
-    if image is None or labels is None or spacing is None or image.shape != labels.shape:
-        raise ValueError(f"{path}: accepted: imgs, gts of its shape, and spacing")
+    if image is None or labels is None or image.shape != labels.shape or image.ndim != 3:
+        raise ValueError(f"{path}: accepted: imgs (D, H, W) and gts of its shape")
+    if spacing is None or spacing.size != 3 or not (spacing > 0).all():
+        raise ValueError(f"{path}: received spacing {spacing}; accepted: three positive numbers")
     x, y, z = (float(v) for v in spacing.reshape(-1))
     labels = labels.astype(np.int32)
     objects = []

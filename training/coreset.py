@@ -183,23 +183,23 @@ class Coverage:
         )
         weights = np.sqrt(counts)[index] / counts[index]
         self._weights = weights / weights.sum()
-        self._scale: dict[str, float] = {}
-        for modality in np.unique(pool.modality):
+        self._modality = pool.modality[self.clients]
+        self._scale = np.ones(len(self.clients))
+        for modality in np.unique(self._modality):
             variance = float(pool.features[pool.modality == modality].var(0).sum())
-            self._scale[str(modality)] = np.sqrt(2 * variance) or 1.0
+            if variance:
+                self._scale[self._modality == modality] = np.sqrt(2 * variance)
 
     def similarity(self, case: int) -> NDArray[np.float64]:
         """(clients,) similarity of each object to the case's most similar one."""
-        distances = self.distance(case)
-        scale = np.array([self._scale[m] for m in self._pool.modality[self.clients].tolist()])
-        return np.exp(-np.square(distances / scale))
+        return np.exp(-np.square(self.distance(case) / self._scale))
 
     def distance(self, case: int) -> NDArray[np.float64]:
         """(clients,) distance of each object to the case's nearest one of its modality."""
         pool = self._pool
         own = np.flatnonzero(pool.owner == case)
         result = np.full(len(self.clients), np.inf)
-        same = pool.modality[self.clients] == pool.cases[case].modality
+        same = self._modality == pool.cases[case].modality
         points = pool.features[self.clients[same]]
         squares = (
             np.square(points).sum(1)[:, None]
@@ -291,7 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         weights = find_weights(options.embeddings) if options.embeddings else None
         pool = Pool(describe_folder(options.data, options.jobs, weights, options.device))
         total = len(pool.cases)
-        count = options.cases or max(1, round(options.share * total))
+        count = options.cases
+        if count is None:
+            count = max(int(options.share > 0), round(options.share * total))
         if not 1 <= count <= total:
             raise ValueError(f"received {count} cases of {total}; accepted: 1 to {total}")
         chosen = METHODS[options.method](pool, count, options.seed)

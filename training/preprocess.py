@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = read_names(options.names) if options.names else {}
         how = Conversion(options.modality, options.window, options.boxes, names)
-        cases = list_cases(options.images, options.labels)
+        cases = list_cases(options.images, options.labels, [options.out])
         options.out.mkdir(parents=True, exist_ok=True)
         log = Log(options.out / _LOG)
     except (ValueError, OSError) as error:

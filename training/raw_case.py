@@ -75,7 +75,9 @@ class Conversion:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def list_cases(images: Path, labels: Path | None = None) -> list[RawCase]:
+def list_cases(
+    images: Path, labels: Path | None = None, skip: Iterable[Path] = ()
+) -> list[RawCase]:
     """The images of a folder, or of a table, each with its labels.
 
     Args:
@@ -84,6 +86,7 @@ def list_cases(images: Path, labels: Path | None = None) -> list[RawCase]:
             ``case``. Paths of a table are relative to it.
         labels: folder with a label map of the same name for each image (without nnU-Net's
             ``_0000``), or a folder of that name with one file a structure.
+        skip: folders that are no images, should they lie among them.
 
     Raises:
         ValueError: nothing is there, or the table lacks a column.
@@ -91,11 +94,13 @@ def list_cases(images: Path, labels: Path | None = None) -> list[RawCase]:
     if images.is_file():
         cases = _read_table(images)
     else:
+        others = {folder.resolve() for folder in (*skip, *([labels] if labels else []))}
         cases = [
             RawCase(_stem(path), path)
             if labels is None
             else _with_labels(RawCase(_stem(path), path), labels)
             for path in _entries(images)
+            if path.resolve() not in others
         ]
     if not cases:
         raise ValueError(

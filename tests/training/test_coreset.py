@@ -265,14 +265,19 @@ def test_what_is_no_list_is_refused(tmp_path: Path, name: str, text: str, messag
 def test_errors_are_one_line(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "bare").mkdir()
+    for name in ("bare", "flat"):
+        (tmp_path / name).mkdir()
     write_npz(tmp_path / "bare" / "CT_a_1.npz", challenge_case(gts=False))
+    write_npz(tmp_path / "flat" / "CT_a_1.npz", challenge_case() | {"spacing": np.ones(2)})
     out = tmp_path / "list.json"
     for words, message in (
         (["--data", tmp_path, "--out", out], "no .npz file; accepted: a folder of labelled"),
-        (["--data", tmp_path / "bare", "--out", out], "accepted: imgs, gts of its shape"),
+        (["--data", tmp_path / "bare", "--out", out], "accepted: imgs (D, H, W) and gts of its"),
+        (["--data", tmp_path / "flat", "--out", out], "accepted: three positive numbers"),
         (["--data", folder, "--out", out, "--cases", 13], "received 13 cases of 12"),
         (["--data", folder, "--out", out, "--share", 2], "received 24 cases of 12"),
+        (["--data", folder, "--out", out, "--share", 0], "received 0 cases of 12"),
+        (["--data", folder, "--out", out, "--cases", 0], "received 0 cases of 12"),
         (["--data", folder, "--out", out, "--embeddings", "no"], "no weights 'no'"),
     ):
         assert run(*words) == 1

@@ -186,6 +186,15 @@ def test_a_table_says_which_belong_together(tmp_path: Path) -> None:
     assert run(table, tmp_path / "out", "--modality", "CT") == 2
 
 
+def test_labels_and_cases_may_lie_among_the_images(tmp_path: Path) -> None:
+    seg = blobs(DIRECTIONS["LPS"])
+    write(tmp_path / "a.mha", scan(seg))
+    write(tmp_path / "labels" / "a.mha", seg)
+    words = [tmp_path, tmp_path / "out", "--labels", tmp_path / "labels", "--modality", "CT"]
+    assert run(*words) == run(*words) == 0
+    assert list(rows(tmp_path / "out")) == ["CT_own_a"]
+
+
 def test_a_raw_npz_is_a_case(tmp_path: Path) -> None:
     source = challenge_case((6, 12, 10), 2, "MR", boxes=False)
     gts = np.array([0, 7, 300], np.int16)[source["gts"]]
