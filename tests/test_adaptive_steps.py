@@ -31,6 +31,10 @@ class Scene:
         return self.result.logits > 0
 
 
+def around(spot: tuple[int, ...], reach: int) -> tuple[slice, ...]:
+    return tuple(slice(max(p - reach, 0), p + reach + 1) for p in spot)
+
+
 @st.composite
 def scenes(draw) -> Scene:
     """Blobs with specks and holes, up to four clicks on either side, perhaps a box."""
@@ -42,17 +46,32 @@ def scenes(draw) -> Scene:
     field[specks] = random.normal(size=int(specks.sum()))
     logits = (field * draw(st.floats(0.5, 4))).astype(np.float32)
     start = draw(st.tuples(*[st.integers(0, 5)] * 3))
-    positions = st.tuples(*[st.integers(a, a + n - 1) for a, n in zip(start, shape, strict=True)])
-    clicks = draw(
-        st.lists(st.tuples(positions, st.booleans()), max_size=4, unique_by=lambda c: c[0])
-    )
+    spots = st.tuples(*[st.integers(0, n - 1) for n in shape])
+    clicks = {spot: draw(st.booleans()) for spot in draw(st.lists(spots, max_size=3))}
+    if draw(st.booleans()):  # a hole with a background click in it
+        hole = tuple(n // 2 for n in shape)
+        logits[around(hole, 2)] = 2
+        logits[around(hole, 1)] = -2
+        clicks[hole] = False
     box = None
     if draw(st.booleans()):
-        ends = [sorted((draw(positions)[axis], draw(positions)[axis])) for axis in range(3)]
-        low, high = zip(*ends, strict=True)
-        box = Box(low, tuple(b + 1 for b in high), low[0])
-    prompts = ObjectPrompts(1, box, tuple(Click(p, fg) for p, fg in clicks))
-    result = honour_clicks(ObjectLogits(1, start, logits), prompts.clicks)
+        first, last = sorted((draw(spots), draw(spots)))
+        low = tuple(min(pair) for pair in zip(first, last, strict=True))
+        high = tuple(max(pair) + 1 for pair in zip(first, last, strict=True))
+        centre = tuple((p + q - 1) // 2 for p, q in zip(low, high, strict=True))
+        if draw(st.booleans()):  # the object's part at the box centre is a speck of its own
+            logits[around(centre, 1)] = -2
+            logits[centre] = 0.1
+        low, high = (
+            tuple(p + a for p, a in zip(corner, start, strict=True)) for corner in (low, high)
+        )
+        box = Box(low, high, low[0])
+    given = tuple(
+        Click(tuple(p + a for p, a in zip(spot, start, strict=True)), positive)
+        for spot, positive in clicks.items()
+    )
+    prompts = ObjectPrompts(1, box, given)
+    result = honour_clicks(ObjectLogits(1, start, logits), given)
     spacing_mm = draw(st.tuples(*[st.floats(0.3, 5.0)] * 3))
     return Scene(result, Region.of(result, prompts, spacing_mm), prompts)
 
@@ -131,8 +150,7 @@ def test_closing_leaves_a_clicked_gap_alone(scene, amount):
     before = scene.mask
     after = apply_step("gaps", scene.result.logits, scene.region, amount) > 0
     for click in scene.region.negative:
-        around = tuple(slice(max(c - 1, 0), c + 2) for c in click)
-        added = (after & ~before)[around]
+        added = (after & ~before)[around(click, 1)]
         assert not added.any(), "filled right beside a background click"
 
 
