@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from inference.model.refiner import load_refiner
 from inference.model.sam_med3d import load_sam_med3d
@@ -55,7 +56,7 @@ def export(checkpoints: Sequence[Path], out: Path, notes: Mapping[str, str]) -> 
                     "what half precision can store"
                 )
     metadata = dict(notes)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for kind, network in networks.items():
         metadata[kind] = network.config.to_json()
         # A file with one network has its history under "training".

@@ -114,11 +114,16 @@ def _evaluation(figures: Figures, digest: str) -> str:
     runs = list(dict.fromkeys(row["run"] for row in rows))
     settings = {run: _settings(figures.path, run) for run in runs}
     exact = [run for run in runs if settings[run].get("prompts") == "exact"]
-    ours = [r for r in exact if settings[r].get("weights") == digest and not settings[r].get("sam")]
+    judged = {
+        run: [settings[run][k] for k in ("weights", "sam") if settings[run].get(k)] for run in runs
+    }
+    ours = [run for run in exact if judged[run] == [digest]]
     if len(ours) != 1:
-        judged = ", ".join(f"{r}: {str(settings[r].get('weights'))[:12]}" for r in runs)
+        said = "; ".join(
+            f"{run}: {', '.join(d[:12] for d in judged[run]) or 'none'}" for run in runs
+        )
         raise ValueError(
-            f"{figures.path}: {len(ours)} runs of weights {digest[:12]} alone ({judged}); "
+            f"{figures.path}: {len(ours)} runs of weights {digest[:12]} alone ({said}); "
             "accepted: one, evaluated with exactly this file"
         )
     run = ours[0]

@@ -252,7 +252,10 @@ def _convert_npz(
             f"{case.labels or case.image}: received gts of {labels.dtype} {labels.shape}; "
             f"accepted: real, {volume.shape}"
         )
-    arrays = {"imgs": to_uint8(volume, how.window), "spacing": spacing.astype(np.float64)}
+    arrays: dict[str, NDArray[Any]] = {
+        "imgs": to_uint8(volume, how.window),
+        "spacing": spacing.astype(np.float64),
+    }
     return arrays, labels, {"orientation": "as stored", "origin": None, "direction": None}
 
 

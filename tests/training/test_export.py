@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,23 @@ def test_a_card_is_begun_where_there_is_none(
     assert model_card([str(word) for word in words]) == 0
     assert card.read_text().startswith("# Weights: `w.safetensors`\n")
     assert "\n2 cases; post-processing: off" in card.read_text()
+
+
+def test_figures_of_sam_med3d_alone(
+    tmp_path: Path, evaluation: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An evaluation keeps its hash under another key; with a refiner beside it, it is not alone."""
+    _, weights, summary = evaluation
+    shutil.copytree(summary.parent, tmp_path / "evaluation")
+    settings = tmp_path / "evaluation" / "segmenter" / "settings.json"
+    words = ["--weights", weights, "--card", tmp_path / "c.md"]
+    words += ["--figures", tmp_path / "evaluation" / "summary.csv"]
+    held = json.loads(settings.read_text())
+    settings.write_text(json.dumps(held | {"sam": held["weights"], "weights": None}))
+    assert model_card([str(word) for word in words]) == 0
+    settings.write_text(json.dumps(held | {"sam": "ab" * 32}))
+    assert model_card([str(word) for word in words]) == 1
+    assert ", abababababab" in capsys.readouterr().err
 
 
 def test_figures_of_other_weights_are_refused(
