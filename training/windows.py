@@ -59,7 +59,7 @@ def choose_level(levels: Sequence[Level], plan: Plan) -> Level:
 def _cut(store: VolumeStore, plans: Sequence[Plan], shown: bool) -> tuple[Tensor, Tensor]:
     device, edge = store.device, plans[0].edge
     levels = [choose_level(store.levels[plan.volume], plan) for plan in plans]
-    place, inside = _places(plans, levels, device)
+    place, inside = _places(store, plans, levels)
     shape = np.array([level.shape for level in levels])  # (B, 3)
     low, weight = [], []
     for axis in range(3):
@@ -94,10 +94,12 @@ def _cut(store: VolumeStore, plans: Sequence[Plan], shown: bool) -> tuple[Tensor
 
 
 def _places(
-    plans: Sequence[Plan], levels: Sequence[Level], device: torch.device
+    store: VolumeStore, plans: Sequence[Plan], levels: Sequence[Level]
 ) -> tuple[list[Tensor], Tensor]:
     """Where each cell lies in its level, clamped, an axis a tensor; and which lie inside."""
-    edge = plans[0].edge
+    device, edge = store.device, plans[0].edge
+    # A level may reach beyond the volume: odd edges were completed to halve them.
+    whole = np.array([store.volumes[plan.volume].labels.shape for plan in plans])
     factors = np.array([level.factor for level in levels], float)[:, :, None]
     scale = np.stack([plan.scale for plan in plans]) / factors
     matrix = scale @ np.stack([plan.turn for plan in plans])
@@ -119,7 +121,8 @@ def _places(
         if bends is not None:
             place += bends[:, axis]
         last = _column([level.shape[axis] - 1 for level in levels], device)
-        within = ((place - last / 2).abs_() < last / 2 + 0.5).float()
+        half = _column(whole[:, axis] / factors[:, axis, 0] / 2, device)
+        within = ((place + (0.5 - half)).abs_() < half).float()
         inside = within if inside is None else inside.mul_(within)
         places.append(place.clamp_min_(0).minimum(last))
     assert inside is not None

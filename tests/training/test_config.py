@@ -48,7 +48,7 @@ def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
 
 def test_overrides_beat_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text("lr: 0.1\nbatch: 3\nwindows: [[0.0, 32]]\nsam: {depth: 3}\n")
+    path.write_text("lr: 0.1\nbatch: 3\nwindows: [[0.0, 32]]\nsam: {depth: 3}\n", encoding="utf-8")
     config = Config.load(path, ["lr=0.2", "sam.global_blocks=[2]", "init=null"])
     assert (config.lr, config.batch, config.windows) == (0.2, 3, ((0.0, 32),))
     assert (config.sam.depth, config.sam.global_blocks, config.init) == (3, (2,), None)

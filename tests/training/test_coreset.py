@@ -173,7 +173,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shape = (6 + i % 3, 16 + i, 14)
         write_npz(path / name, challenge_case(shape, 1 + i % 3, modality, seed=i))
         entries.append({"file": name, "structures": {"1": f"organ {i % 4}"}})
-    (path / "manifest.json").write_text(json.dumps(entries))
+    (path / "manifest.json").write_text(json.dumps(entries), encoding="utf-8")
     return path
 
 
@@ -190,7 +190,7 @@ def test_the_command_writes_a_list_that_training_reads(
     assert run(*words) == 0
     names = read_case_list(out)
     assert len(names) == 4 and all((folder / f"{name}.npz").is_file() for name in names)
-    content = json.loads(out.read_text())
+    content = json.loads(out.read_text(encoding="utf-8"))
     assert (content["case_list"], content["method"], content["seed"]) == (1, method, 3)
     assert content["pool"]["cases"] == 12 and content["told_apart_by"] == "statistics"
     for case in content["cases"]:
@@ -237,12 +237,12 @@ def test_embeddings_tell_objects_apart_too(tmp_path: Path, folder: Path) -> None
     out = tmp_path / "list.json"
     words = ["--data", few, "--out", out, "--embeddings", tmp_path / "sam.safetensors"]
     assert run(*words, "--cases", 2) == 0
-    assert json.loads(out.read_text())["told_apart_by"].startswith("embeddings ")
+    assert json.loads(out.read_text(encoding="utf-8"))["told_apart_by"].startswith("embeddings ")
 
 
 def test_a_list_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
-    path.write_text("# the good ones\nMR_b_2.npz\n\nCT_a_1  # clear\n")
+    path.write_text("# the good ones\nMR_b_2.npz\n\nCT_a_1  # clear\n", encoding="utf-8")
     assert read_case_list(path) == ["CT_a_1", "MR_b_2"]
 
 
@@ -257,7 +257,7 @@ def test_a_list_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_list_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_case_list(tmp_path / name)
 

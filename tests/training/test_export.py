@@ -52,11 +52,11 @@ def test_the_hash_is_listed_once(tmp_path: Path, checkpoint: Path) -> None:
     """Also where an older file of the name is listed: that line would refuse the new file."""
     sums = tmp_path / "SHA256SUMS"
     other = f"{'ab' * 32}  other.safetensors"
-    sums.write_text(f"# by hand\n{'00' * 32}  w.safetensors\n{other}\n")
+    sums.write_text(f"# by hand\n{'00' * 32}  w.safetensors\n{other}\n", encoding="utf-8")
     out = tmp_path / "w.safetensors"
     for _ in range(2):
         assert run("--checkpoint", checkpoint, "--out", out) == 0
-        lines = sums.read_text().splitlines()
+        lines = sums.read_text(encoding="utf-8").splitlines()
         assert lines == ["# by hand", other, f"{sha256_of(out)}  w.safetensors"]
     assert verify_weights(out)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -128,10 +128,12 @@ def test_figures_are_those_of_the_evaluation(
 ) -> None:
     checkpoint, weights, summary = evaluation
     card = tmp_path / "CARD.md"
-    card.write_text(f"# Mine\n\nBefore.\n\n{BEGIN}\nold figures .999\n{END}\n\nAfter.\n")
+    card.write_text(
+        f"# Mine\n\nBefore.\n\n{BEGIN}\nold figures .999\n{END}\n\nAfter.\n", encoding="utf-8"
+    )
     words = ["--checkpoint", checkpoint, "--out", weights, "--card", card]
     assert run(*words, "--figures", f"with-boxes={summary}") == 0
-    text = card.read_text()
+    text = card.read_text(encoding="utf-8")
     assert text.startswith(f"# Mine\n\nBefore.\n\n{BEGIN}\n\n`w.safetensors`, ")
     assert text.endswith(f"\n\n{END}\n\nAfter.\n")
     assert "old figures" not in text and sha256_of(weights) in text
@@ -157,10 +159,10 @@ def test_figures_are_those_of_the_evaluation(
         }
         assert printed[title] == [expected[turn] for turn in turns]
 
-    again = card.read_text()
+    again = card.read_text(encoding="utf-8")
     words = ["--weights", weights, "--card", card, "--figures", f"with-boxes={summary}"]
     assert model_card([str(word) for word in words]) == 0
-    assert card.read_text() == again
+    assert card.read_text(encoding="utf-8") == again
 
 
 def test_a_card_is_begun_where_there_is_none(
@@ -170,8 +172,8 @@ def test_a_card_is_begun_where_there_is_none(
     card = tmp_path / "NEW.md"
     words = ["--weights", weights, "--card", card, "--figures", summary]
     assert model_card([str(word) for word in words]) == 0
-    assert card.read_text().startswith("# Weights: `w.safetensors`\n")
-    assert "\n2 cases; post-processing: off" in card.read_text()
+    assert card.read_text(encoding="utf-8").startswith("# Weights: `w.safetensors`\n")
+    assert "\n2 cases; post-processing: off" in card.read_text(encoding="utf-8")
 
 
 def test_figures_of_sam_med3d_alone(
@@ -183,10 +185,12 @@ def test_figures_of_sam_med3d_alone(
     settings = tmp_path / "evaluation" / "segmenter" / "settings.json"
     words = ["--weights", weights, "--card", tmp_path / "c.md"]
     words += ["--figures", tmp_path / "evaluation" / "summary.csv"]
-    held = json.loads(settings.read_text())
-    settings.write_text(json.dumps(held | {"sam": held["weights"], "weights": None}))
+    held = json.loads(settings.read_text(encoding="utf-8"))
+    settings.write_text(
+        json.dumps(held | {"sam": held["weights"], "weights": None}), encoding="utf-8"
+    )
     assert model_card([str(word) for word in words]) == 0
-    settings.write_text(json.dumps(held | {"sam": "ab" * 32}))
+    settings.write_text(json.dumps(held | {"sam": "ab" * 32}), encoding="utf-8")
     assert model_card([str(word) for word in words]) == 1
     assert ", abababababab" in capsys.readouterr().err
 
@@ -198,9 +202,9 @@ def test_figures_of_other_weights_are_refused(
     other = tmp_path / "other.safetensors"
     newer = write_checkpoint(tmp_path / "newer.pt", noisy(Refiner(TINY)))
     assert run("--checkpoint", newer, "--out", other) == 0
-    (tmp_path / "no.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "bare.md").write_text("no markers\n")
-    (tmp_path / "twice.md").write_text(f"{BEGIN}\n{END}\n" * 2)
+    (tmp_path / "no.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    (tmp_path / "bare.md").write_text("no markers\n", encoding="utf-8")
+    (tmp_path / "twice.md").write_text(f"{BEGIN}\n{END}\n" * 2, encoding="utf-8")
     capsys.readouterr()
     for weights_file, figures, card, message in (
         (other, summary, "c.md", f"0 runs of weights {sha256_of(other)[:12]} alone (segmenter: "),
@@ -213,7 +217,7 @@ def test_figures_of_other_weights_are_refused(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "c.md").exists()
-    assert (tmp_path / "bare.md").read_text() == "no markers\n"
+    assert (tmp_path / "bare.md").read_text(encoding="utf-8") == "no markers\n"
 
 
 def test_headings_of_figures(tmp_path: Path) -> None:

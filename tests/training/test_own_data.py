@@ -63,7 +63,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         script = folder / name
         script.parent.mkdir(parents=True)
-        script.write_text(content)
+        script.write_text(content, encoding="utf-8")
         script.chmod(0o755)
 
     rng = np.random.default_rng(0)

@@ -131,7 +131,7 @@ def test_default_windows(folders: tuple[Path, Path, Path]) -> None:
 def test_training_and_evaluation_read_what_was_made(folders: tuple[Path, Path, Path]) -> None:
     images, labels, out = folders
     names = labels.parent / "names.csv"
-    names.write_text("label,name\n21,liver\n22,spleen\n")
+    names.write_text("label,name\n21,liver\n22,spleen\n", encoding="utf-8")
     words = [images, out, "--labels", labels, "--modality", "MR", "--dataset", "Site-1"]
     assert run(*words, "--boxes", "--names", names) == 0
     (volume,) = load_folder(out)
@@ -182,7 +182,7 @@ def test_a_table_says_which_belong_together(tmp_path: Path) -> None:
     assert run(table, tmp_path / "out", "--modality", "CT") == 0
     assert arrays(tmp_path / "out" / "CT_own_p1.npz")["gts"].sum() == 30
     assert "gts" not in arrays(tmp_path / "out" / "CT_own_p2.npz")
-    table.write_text("file\np1/ct.nii.gz\n")
+    table.write_text("file\np1/ct.nii.gz\n", encoding="utf-8")
     assert run(table, tmp_path / "out", "--modality", "CT") == 2
 
 
@@ -259,10 +259,10 @@ def test_refusals_are_one_line_each_and_the_rest_is_done(
     write(labels / "cut.nii.gz", seg)
     (images / "cut.nii.gz").write_bytes((images / "a.nii.gz").read_bytes()[:200])
     write(labels / "text.nii.gz", seg)
-    (images / "text.nrrd").write_text("NRRD, says nothing")
+    (images / "text.nrrd").write_text("NRRD, says nothing", encoding="utf-8")
     (images / "folder").mkdir()
     write(labels / "folder.nii.gz", seg)
-    (images / "README.txt").write_text("no image")
+    (images / "README.txt").write_text("no image", encoding="utf-8")
     np.savez(images / "raw.npz", imgs=np.zeros((2, 3, 4)), spacing=[1.0, -1.0, 1.0])
     np.savez(labels / "raw.npz", gts=np.ones((2, 3, 4)))
 
@@ -309,14 +309,14 @@ def test_a_stopped_run_goes_on(folders: tuple[Path, Path, Path]) -> None:
     words = [images, out, "--labels", labels, "--modality", "CT"]
     assert run(*words) == 0
     table = out / "preprocess.csv"
-    whole = table.read_text()
+    whole = table.read_text(encoding="utf-8")
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.glob("*.npz")}
     assert run(*words) == 0
     assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.glob("*.npz")} == before
 
     # Killed while it wrote the row of d, and c's file was not there yet.
     lines = whole.splitlines(keepends=True)
-    table.write_text("".join([*lines[:3], lines[4][: len(lines[4]) // 2]]))
+    table.write_text("".join([*lines[:3], lines[4][: len(lines[4]) // 2]]), encoding="utf-8")
     (out / "CT_own_c.npz").unlink()
     write(labels / "a.nii.gz", blobs(DIRECTIONS["oblique sagittal"]) == 21)
     assert run(*words) == 0
@@ -362,7 +362,7 @@ def test_cases_are_held_out_and_stay_where_they_are(folders: tuple[Path, Path, P
         assert run(*words) == 0
         train, val = ({p.stem[-1] for p in (out / part).glob("*.npz")} for part in ("train", "val"))
         for part, there in (("train", train), ("val", val)):
-            listed = json.loads((out / part / "manifest.json").read_text())
+            listed = json.loads((out / part / "manifest.json").read_text(encoding="utf-8"))
             assert {entry["file"][-5] for entry in listed} == there
         return train, val
 
@@ -379,7 +379,7 @@ def test_cases_are_held_out_and_stay_where_they_are(folders: tuple[Path, Path, P
 )
 def test_names_in_json(tmp_path: Path, text: str) -> None:
     path = tmp_path / "dataset.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     assert read_names(path)[21] == "liver"
 
 
@@ -394,7 +394,7 @@ def test_names_in_json(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_names_that_are_none_are_refused(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.(json|csv): (cannot be read as names|received 2)"):
         read_names(tmp_path / name)
 
@@ -405,7 +405,7 @@ def test_what_cannot_start_ends_with_2(
     images, _, out = folders
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "preprocess.csv").write_text("a,b\n")
+    (tmp_path / "other" / "preprocess.csv").write_text("a,b\n", encoding="utf-8")
     for words, message in (
         ([tmp_path / "no", out], "no such folder"),
         ([tmp_path / "empty", out], "no image in it"),

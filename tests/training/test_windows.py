@@ -17,7 +17,7 @@ from inference.resampling import resample
 from tests.training.balls import TINY_SAM, config, write_balls
 from training.plan import Plan, Planner
 from training.volumes import LabelledVolume, VolumeStore, load_folder
-from training.windows import cut_windows
+from training.windows import choose_level, cut_windows
 
 STILL = {"warp": 0.0, "permute": 0.0, "flip": 0.0, "synthetic": 0.0}
 
@@ -48,29 +48,67 @@ def _window(plan: Plan) -> Window:
 
 
 def _as_inference(volume: LabelledVolume, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image and object in a plan's window, as inference resamples them."""
+    """Image and the object's share in a plan's window, as inference resamples them."""
     assert volume.image is not None
     window = _window(plan)
     image = window.crop(volume.image.numpy(), edge=True)
     mask = window.crop(volume.labels.numpy()) == plan.label
     both = (torch.from_numpy(np.ascontiguousarray(v)).float()[None] for v in (image, mask))
     cells, share = (resample(v, window.shape)[0] for v in both)
-    return cells, share > 0.5
+    return cells, share
+
+
+def _displacement(ours: torch.Tensor, expected: torch.Tensor) -> list[float]:
+    """Cells along each axis by which ``ours`` lies further on, by least squares."""
+    inner = (slice(1, -1),) * 3
+    slopes = torch.stack([slope[inner].flatten() for slope in torch.gradient(expected)], 1)
+    difference = (expected - ours)[inner].flatten()
+    found: list[float] = torch.linalg.solve(slopes.T @ slopes, slopes.T @ difference).tolist()
+    return found
 
 
 @pytest.mark.parametrize("edge", [24, 48])
 def test_windows_look_as_inference_sees_them(store: VolumeStore, edge: int) -> None:
+    """Alike in image and object, and in the same place: half a cell beside it is seen."""
     planner = Planner(store, config(**STILL, no_box=0.5))
-    errors, overlaps = [], []
+    errors, alike = [], []
+    off: dict[float, list[list[float]]] = {0.0: [], 0.5: []}
     for i in range(40):
         plan = planner.plan(i, np.random.default_rng(i), edge)
-        image, share = cut_windows(store, [plan])
-        expected, mask = _as_inference(store.volumes[plan.volume], plan)
-        errors.append(float((image[0] - expected).std() / expected.std()))
-        ours = share[0] > 0.5
-        overlaps.append(float(2 * (ours & mask).sum() / (ours.sum() + mask.sum())))
+        expected, object_ = _as_inference(store.volumes[plan.volume], plan)
+        cell = 2 * np.abs(plan.scale).sum(1) / edge
+        for shift, found in off.items():
+            moved = dataclasses.replace(plan, origin=plan.origin - shift * cell)
+            image, share = cut_windows(store, [moved])
+            found.append(_displacement(image[0], expected) + _displacement(share[0], object_))
+            if not shift:
+                errors.append(float((image[0] - expected).std() / expected.std()))
+                pair = torch.stack([share[0].flatten(), object_.flatten()])
+                alike.append(float(torch.corrcoef(pair)[0, 1]))
     assert np.median(errors) < 0.15
-    assert np.median(overlaps) > 0.95
+    assert np.median(alike) > 0.94
+    assert np.mean(off[0.0], 0) == pytest.approx(np.zeros(6), abs=0.1)
+    assert np.mean(off[0.5], 0) == pytest.approx(np.full(6, 0.5), abs=0.1)
+
+
+def test_objects_end_where_the_volume_ends(tmp_path: Path) -> None:
+    """Also in coarse levels, whose last voxels reach beyond it."""
+    shape = (33, 33, 65)
+    np.savez(
+        tmp_path / "CT_full_0.npz",
+        imgs=np.zeros(shape, np.uint8),
+        gts=np.ones(shape, np.uint8),
+        spacing=[1.0, 1.0, 1.0],
+    )
+    store = VolumeStore(load_folder(tmp_path), "cpu")
+    plan = Planner(store, config(**STILL)).plan(0, np.random.default_rng(0), 64)
+    middle = np.array(shape) / 2 - 0.5
+    plan = dataclasses.replace(plan, scale=np.eye(3) * 128, origin=middle)
+    assert choose_level(store.levels[0], plan).factor == (2, 2, 2)
+    _, share = cut_windows(store, [plan])
+    # Cells of four voxels: eight and sixteen middles lie inside.
+    assert (share > 0).sum((2, 3)).amax().item() == 8 * 16
+    assert (share[0] > 0).any(2).any(1).sum().item() == 8
 
 
 def test_a_window_of_whole_voxels_is_copied_exactly(store: VolumeStore) -> None:
