@@ -39,7 +39,8 @@ def test_the_archive_is_what_the_challenge_will_load(image: str, archive: Path) 
     capability = None
     with gzip.open(archive) as file, tarfile.open(fileobj=file, mode="r|") as tar:
         for member in tar:
-            held = tar.extractfile(member)
+            # Engines link what an image has twice, such as its name's and its layers' files.
+            held = tar.extractfile(member) if member.isreg() else None
             if member.name == "manifest.json":
                 assert held is not None
                 (manifest,) = json.load(held)
