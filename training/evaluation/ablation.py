@@ -6,7 +6,12 @@ Open loop: the challenge's protocol is held once with post-processing off, and e
 applied to what the engine handed over in each round. So the clicks are the same for all variants,
 and differences are paired by case. Held again with noise on the logits, so that the masks are as
 poor as the paper's. Writes ``ablation_scores.csv`` (each case, round and variant),
-``ablation.csv`` (differences with intervals, by modality and round) and ``ablation.md``.
+``ablation.csv`` (differences with intervals, by modality and round), ``ablation.md`` (the same to
+be read) and ``report.html``, the page about all that the folder holds: in the folder of an
+evaluation the tables appear in its report.
+
+Records are kept by the content of the weights, in ``--cache``. Another engine with the same weights
+needs another folder.
 """
 
 from __future__ import annotations
@@ -14,11 +19,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +30,24 @@ from numpy.typing import NDArray
 from inference.case import Case
 from inference.finishing import Finisher
 from inference.geometry import Triple
-from inference.model.weights import find_weights
-from inference.policy import modality_of
+from inference.model.weights import find_weights, sha256_of
 from inference.postprocessing import OBJECT_STEPS, clean_object, resolve_overlaps
 from inference.refinement import ObjectLogits, merge
+from training.evaluation.ablation_table import (
+    AUTO,
+    OFF,
+    Row,
+    ablation_tables,
+    is_earned,
+    summarise_ablation,
+)
 from training.evaluation.degradation import degrade
 from training.evaluation.label_map import LabelMap
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.metrics import Scores, score
 from training.evaluation.recording import load_record, record_folder, restrict
-from training.evaluation.results import write_csv
-from training.evaluation.summary import bootstrap
+from training.evaluation.report import write_report
+from training.evaluation.results import list_runs, write_csv
 
 #: The paper's fifth step: where two objects claim a voxel the lower label gets it.
 PRIORITY = "priority"
@@ -44,19 +55,14 @@ PAPER = (*OBJECT_STEPS, PRIORITY)
 
 #: Name of each variant: which of the paper's steps, or None for the rules.
 VARIANTS: dict[str, tuple[str, ...] | None] = {
-    "off": (),
+    OFF: (),
     **{f"only {step}": (step,) for step in PAPER},
     **{f"paper without {step}": tuple(s for s in PAPER if s != step) for step in PAPER},
     "paper": PAPER,
-    "auto": None,
+    AUTO: None,
 }
 #: Standard deviation of the noise on logits that makes masks as poor as the paper's (DSC 0.28).
 PAPER_NOISE = 4.0
-ALL_ROUNDS = "all rounds"
-ALL_MODALITIES = "mean of modalities"
-LARGEST_LOSS = 0.002  # DSC that rules may cost a modality, at most, at the interval's lower end
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def score_case(task: Task) -> list[Row]:
             known: dict[bytes, Scores] = {}  # many variants leave many masks as they are
             for name, steps in VARIANTS.items():
                 if steps is None:
-                    labels = Finisher("auto")(results, given)
+                    labels = Finisher(AUTO)(results, given)
                 elif steps:
                     labels = apply_paper_steps(results, (D, H, W), steps)
                 else:
@@ -144,130 +150,6 @@ def score_case(task: Task) -> list[Row]:
                     }
                 )
     return rows
-
-
-def summarise_ablation(rows: Sequence[Row]) -> list[Row]:
-    """Mean and paired difference to ``off`` of each variant, by noise, modality, round and metric.
-
-    Differences come with bootstrap 95 % intervals over cases; ``all rounds`` is the mean over a
-    case's rounds, ``mean of modalities`` weighs the modalities alike.
-    """
-    table: list[Row] = []
-    for level in dict.fromkeys(row["noise"] for row in rows):
-        at_level = [row for row in rows if row["noise"] == level]
-        rounds = sorted({row["round"] for row in at_level})
-        cases = sorted({row["case"] for row in at_level})
-        modality = np.array([modality_of(name) for name in cases])
-        groups: dict[str, list[NDArray[np.bool_]]] = {
-            name: [modality == name] for name in sorted(set(modality))
-        }
-        groups[ALL_MODALITIES] = [modality == name for name in sorted(set(modality))]
-        for metric in ("dsc", "nsd"):
-            scores = {variant: _by_round(at_level, variant, metric, cases) for variant in VARIANTS}
-            for variant, values in scores.items():
-                gains = values - scores["off"]
-                for group, strata in groups.items():
-                    columns = (*(_round_name(turn) for turn in rounds), ALL_ROUNDS)
-                    means = bootstrap(_with_mean(values[:, rounds]), strata)
-                    paired = bootstrap(_with_mean(gains[:, rounds]), strata)
-                    for column, (mean, *_), (gain, low, high, count) in zip(
-                        columns, means, paired, strict=True
-                    ):
-                        table.append(
-                            {
-                                "noise": level,
-                                "variant": variant,
-                                "modality": group,
-                                "round": column,
-                                "metric": metric.upper(),
-                                "mean": mean,
-                                "gain": gain,
-                                "ci95_low": low,
-                                "ci95_high": high,
-                                "cases": count,
-                            }
-                        )
-    return table
-
-
-def _by_round(
-    rows: Sequence[Row], variant: str, metric: str, cases: Sequence[str]
-) -> NDArray[np.float64]:
-    """(cases, rounds) scores of a variant, NaN where a round was not held."""
-    values = np.full((len(cases), 1 + max(row["round"] for row in rows)), np.nan)
-    index = {name: i for i, name in enumerate(cases)}
-    for row in rows:
-        if row["variant"] == variant:
-            values[index[row["case"]], row["round"]] = row[metric]
-    return values
-
-
-def _with_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One column more: the mean of the others, as far as they are known."""
-    known = ~np.isnan(values)
-    mean = np.where(known, values, 0).sum(1) / known.sum(1)
-    return np.column_stack((values, mean))
-
-
-def _round_name(turn: int) -> str:
-    return f"click {turn}" if turn else "box"
-
-
-def is_earned(table: Sequence[Row]) -> bool:
-    """Whether the rules deserve to be the default.
-
-    With the network as it is they cost no modality more than 0.002 DSC (lower end of the paired
-    interval over all rounds), and gain in the mean of the modalities.
-    """
-    rows = [
-        row
-        for row in table
-        if (row["noise"], row["variant"], row["round"], row["metric"])
-        == (0.0, "auto", ALL_ROUNDS, "DSC")
-    ]
-    harmless = all(row["ci95_low"] >= -LARGEST_LOSS for row in rows)
-    mean = next(row["gain"] for row in rows if row["modality"] == ALL_MODALITIES)
-    return harmless and mean > 0
-
-
-def format_ablation(table: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a table a level of noise and metric; a row a variant, a column a modality."""
-    parts = []
-    for level in dict.fromkeys(float(row["noise"]) for row in table):
-        for metric in ("DSC", "NSD"):
-            rows = [
-                row
-                for row in table
-                if float(row["noise"]) == level
-                and row["metric"] == metric
-                and row["round"] == ALL_ROUNDS
-            ]
-            modalities = list(dict.fromkeys(str(row["modality"]) for row in rows))
-            quality = "the network as it is" if not level else f"noise {level:g} on its logits"
-            counts = {str(row["modality"]): row["cases"] for row in rows}
-            head = " | ".join(f"{name} ({counts[name]})" for name in modalities)
-            lines = [
-                f"{metric}, {quality}: difference to off in hundredths, mean over the rounds, with "
-                "its 95 % interval",
-                "",
-                f"| | {head} |",
-                "|---|" + "--:|" * len(modalities),
-            ]
-            for variant in VARIANTS:
-                cells = []
-                for name in modalities:
-                    row = next(r for r in rows if r["variant"] == variant and r["modality"] == name)
-                    cells.append(_cell(row, variant == "off"))
-                lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-            parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def _cell(row: Mapping[str, Any], absolute: bool) -> str:
-    if absolute:
-        return f"{float(row['mean']):.4f}"
-    gain, low, high = (100 * float(row[key]) for key in ("gain", "ci95_low", "ci95_high"))
-    return f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def run_tasks(tasks: Sequence[Task], jobs: int, say: Callable[[str], None]) -> list[Row]:
@@ -302,11 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--jobs", type=int, default=1, metavar="N", help="cases at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        weights = find_weights(options.weights)
         records = record_folder(
-            options.cases,
-            options.cache,
-            weights=find_weights(options.weights),
-            objects=options.objects,
+            options.cases, options.cache, weights=weights, objects=options.objects
         )
         rounds, levels = tuple(options.rounds), tuple(options.noise)
         tasks = [Task(record, options.cases, rounds, levels) for record in records]
@@ -315,14 +195,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_csv(options.out / "ablation_scores.csv", rows)
         table = summarise_ablation(rows)
         write_csv(options.out / "ablation.csv", table)
-        text = format_ablation(table)
-        (options.out / "ablation.md").write_text(text, encoding="utf-8")
+        text = "\n".join(found.markdown() for found in ablation_tables(table))
+        head = f"Weights: sha256 {sha256_of(weights)[:16]}. Differences in hundredths."
+        (options.out / "ablation.md").write_text(f"{head}\n\n{text}", encoding="utf-8")
+        write_report(options.out / "report.html", list_runs(options.out), {})
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"\n{text}")
     if 0.0 in levels:
-        print(f"auto {'earns' if is_earned(table) else 'does not earn'} to be the default")
+        print(f"{AUTO} {'earns' if is_earned(table) else 'does not earn'} to be the default")
     return 0
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import inference
 from inference.model.weights import find_weights, sha256_of
 from training.evaluation.comparison import Difference, compare, format_differences
-from training.evaluation.labelled_case import LabelledCase, load_labelled_case
+from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.metrics import area_under_curve
 from training.evaluation.perturbation import VARIANTS, PromptVariant
 from training.evaluation.predictors import Predictor, PredictorChoice, build_predictor
@@ -164,7 +164,8 @@ def _settings(
     for key in ("weights", "sam"):
         if settings[key] is not None:
             settings[key] = sha256_of(settings[key])
-    cases = {"cases": str(options.cases.resolve()), "references": str(options.references or "")}
+    references = str(options.references.resolve()) if options.references else ""
+    cases = {"cases": str(options.cases.resolve()), "references": references}
     code = {"code": _code_of(choice.kind)}
     return {**settings, **cases, "boxes": not options.no_boxes, "prompts": variant.name, **code}
 
@@ -174,7 +175,8 @@ def _code_of(kind: str) -> str:
     here = Path(__file__).parent
     modules = [here / f"{name}.py" for name in _SCORING]
     if kind not in ("command", "image"):
-        modules += sorted(Path(inference.__file__).parent.rglob("*.py"))
+        package = Path(inference.__file__).parent
+        modules += sorted([*package.rglob("*.py"), *package.rglob("*.toml")])  # rules are code, too
     if kind not in ("command", "image", "segmenter"):
         modules.append(here / "baselines.py")
     return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
@@ -299,10 +301,7 @@ def _write_pages(
     if options.report:
         from training.evaluation.report import write_report
 
-        def load(run: RunFolder, name: str) -> LabelledCase:
-            return load_labelled_case(Path(run.settings()["cases"], name), options.references)
-
-        write_report(options.out / "report.html", runs, load, differences)
+        write_report(options.out / "report.html", runs, differences)
         print(options.out / "report.html")
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from training.evaluation import figures
+from training.evaluation.ablation_table import ablation_tables
 from training.evaluation.comparison import Difference
-from training.evaluation.labelled_case import LabelledCase
 from training.evaluation.protocol import CaseResult
-from training.evaluation.results import RunFolder
+from training.evaluation.results import RunFolder, read_csv
 from training.evaluation.summary import COLUMNS, METRICS, modality_rows, stress_rows
 
 _LOSS = ("", "_loss")
@@ -39,29 +39,30 @@ figure { margin: 1.2rem 0 1.6rem; } figcaption, .note { color: #555; font-size: 
 def write_report(
     path: Path,
     runs: Sequence[RunFolder],
-    load_case: Callable[[RunFolder, str], LabelledCase],
     differences: Mapping[str, Sequence[Difference]],
 ) -> None:
-    """Write the page.
+    """Write the page, with the ablation of post-processing where its table lies beside the page.
 
     Args:
         path: the file.
         runs: what it is about; those without cases are left out.
-        load_case: gives a case of a run by file name, for the pictures.
         differences: by run, against the table it was compared with.
     """
     results = {run.name: run.results() for run in runs}
     results = {name: found for name, found in results.items() if found}
     stressed = stress_rows(results)
     results = {name: found for name, found in results.items() if "@" not in name}
-    parts = ["<h1>Interactive segmentation: evaluation</h1>", _introduction(results)]
+    parts = ["<h1>Interactive segmentation: evaluation</h1>"]
     if results:
-        parts.append(_overview(results))
+        parts += [_introduction(results), _overview(results)]
     if stressed:
         parts.append(_stress(stressed))
+    ablation = path.with_name("ablation.csv")
+    if ablation.is_file():
+        parts.append(_ablation(read_csv(ablation)))
     for run in runs:
         if run.name in results:
-            parts.append(_run(run, results[run.name], load_case, differences.get(run.name, ())))
+            parts.append(_run(run, results[run.name], differences.get(run.name, ())))
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -130,12 +131,23 @@ def _stress(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _run(
-    run: RunFolder,
-    results: Sequence[CaseResult],
-    load_case: Callable[[RunFolder, str], LabelledCase],
-    differences: Sequence[Difference],
-) -> str:
+def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the steps of post-processing are worth."""
+    parts = [
+        "<h2>Post-processing</h2>",
+        '<p class="note">Each of the paper\'s steps alone, each left out of their chain, the whole '
+        "chain, and steps chosen by rules (auto), on the same logits: the rounds were held once, "
+        "without post-processing. In brackets the 95 % bootstrap interval over cases of the paired "
+        "difference.</p>",
+    ]
+    for table in ablation_tables(rows):
+        parts.append(f"<h3>{html.escape(table.title)}</h3>")
+        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows)
+        parts.append(_html_table(table.header, [f"<tr>{line}</tr>" for line in lines]))
+    return "\n".join(parts)
+
+
+def _run(run: RunFolder, results: Sequence[CaseResult], differences: Sequence[Difference]) -> str:
     settings = "; ".join(
         f"{key} {value}" for key, value in run.settings().items() if value not in (None, "")
     )
@@ -154,15 +166,11 @@ def _run(
     parts.append(_figure(figures.case_scatter(results), "Each case, before and after the clicks."))
     if differences:
         parts.append(_differences(run.name, differences))
-    parts.append(_pictures(run, results, load_case))
+    parts.append(_pictures(run, results))
     return "\n".join(parts)
 
 
-def _pictures(
-    run: RunFolder,
-    results: Sequence[CaseResult],
-    load_case: Callable[[RunFolder, str], LabelledCase],
-) -> str:
+def _pictures(run: RunFolder, results: Sequence[CaseResult]) -> str:
     """The best, the median and the worst case, each through its most typical object."""
     ordered = sorted(results, key=lambda r: r.case_scores("dsc")[-1])
     chosen = {"Worst": ordered[0], "Median": ordered[len(ordered) // 2], "Best": ordered[-1]}
@@ -176,7 +184,7 @@ def _pictures(
     for word, result in chosen.items():
         dsc = [result.class_scores("dsc", i)[-1] for i in range(len(result.labels))]
         index = int(np.argmin(np.abs(np.array(dsc) - np.mean(dsc))))
-        case = load_case(run, result.name)
+        case = run.load_case(result.name)
         png = figures.slices_through_object(case, result, run.load_segs(result.name), index)
         structure = result.structures[index]
         caption = (
@@ -224,7 +232,6 @@ def _table(
             float(np.nanmax(column)) if not np.isnan(column).all() else math.nan
             for column in columns.T
         ]
-    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in header)]
     body = []
     for name, count, values in rows:
         cells = [
@@ -233,8 +240,14 @@ def _table(
         ]
         kind = ' class="mean"' if name.startswith("mean of") else ""
         body.append(f"<tr{kind}><td>{html.escape(name)}</td><td>{count}</td>{''.join(cells)}</tr>")
+    return _html_table(header, body)
+
+
+def _html_table(header: Sequence[str], body: Sequence[str]) -> str:
+    """A table of finished rows that scrolls where the page is too narrow."""
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     return (
-        f'<div class="scroll"><table><thead><tr>{lines[0]}</tr></thead>'
+        f'<div class="scroll"><table><thead><tr>{names}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 

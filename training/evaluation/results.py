@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.protocol import CaseResult, official_row
 
 
@@ -94,6 +95,18 @@ class RunFolder:
             return []
         loaded = (self.load(str(row["CaseName"])) for row in read_csv(self.metrics_csv))
         return [result for result in loaded if result is not None]
+
+    def load_case(self, name: str) -> LabelledCase:
+        """A case of the run, from where it lay then.
+
+        Raises:
+            ValueError, OSError: it is not there any more, or cannot be read.
+        """
+        settings = self.settings()
+        references = settings.get("references")
+        return load_labelled_case(
+            Path(settings["cases"], name), Path(references) if references else None
+        )
 
     def load_segs(self, name: str) -> NDArray[np.uint8]:
         """The last label map of a finished case."""

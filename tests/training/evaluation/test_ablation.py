@@ -14,13 +14,11 @@ from tests.phantoms import challenge_case, write_npz
 from tests.test_finishing import case_of
 from tests.test_postprocessing import blobs, speckled
 from training.evaluation import ablation, recording
-from training.evaluation.ablation import (
+from training.evaluation.ablation import PAPER, VARIANTS, apply_paper_steps
+from training.evaluation.ablation_table import (
     ALL_MODALITIES,
     ALL_ROUNDS,
-    PAPER,
-    VARIANTS,
-    apply_paper_steps,
-    format_ablation,
+    ablation_tables,
     is_earned,
     summarise_ablation,
 )
@@ -196,9 +194,15 @@ def test_differences_are_paired_by_case():
         assert [one[k] for k in ("gain", "ci95_low", "ci95_high")] == pytest.approx([gain] * 3)
         assert one["mean"] == pytest.approx(0.65 + gain)
     assert chosen["CT", "box"]["cases"] == 2
-    text = format_ablation(found)
-    assert "| auto | +1.00 [+1.00, +1.00] | +3.00 [+3.00, +3.00] | +2.00 [+2.00, +2.00] |" in text
-    assert "| off | 0.6500 | 0.6500 | 0.6500 |" in text
+    as_read = [{key: str(value) for key, value in one.items()} for one in found]
+    assert ablation_tables(as_read) == ablation_tables(found)
+    by_modality, by_round, *_ = (each.markdown() for each in ablation_tables(found))
+    assert "|  | CT (2) | PET (2) | mean of modalities (4) |" in by_modality
+    assert "| off | 0.6500 | 0.6500 | 0.6500 |" in by_modality
+    gains = ["+1.00 [+1.00, +1.00]", "+3.00 [+3.00, +3.00]", "+2.00 [+2.00, +2.00]"]
+    assert f"| auto | {' | '.join(gains)} |" in by_modality
+    assert "|  | box (4) | click 5 (4) | all rounds (4) |" in by_round
+    assert f"| auto | {' | '.join([gains[2]] * 3)} |" in by_round
 
 
 def test_rules_have_to_earn_their_place():
@@ -222,7 +226,9 @@ def test_the_command_writes_its_tables_and_reuses_its_records(
     scores = (tmp_path / "out" / "ablation_scores.csv").read_text(encoding="utf-8").splitlines()
     assert len(scores) == 1 + 2 * 2 * 2 * len(VARIANTS)
     text = (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8")
-    assert text.count("| paper without holes |") == 4
+    assert text.count("| paper without holes |") == 2 * 2 * 2  # noise, metric, across
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<td>paper without holes</td>") == 2 * 2 * 2
 
     def refuse(_: Path) -> None:
         raise AssertionError("recorded anew")
