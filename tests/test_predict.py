@@ -245,6 +245,26 @@ def test_postprocessing_is_off_unless_asked_for(stand_in, run, tmp_path):
     assert not segmentation(tmp_path / "out" / "CT_a.npz").any(), "both objects are under 64 voxels"
 
 
+def test_rules_choose_the_steps_of_each_object(stand_in, run, tmp_path, monkeypatch):
+    table = tmp_path / "policy.toml"
+    rule = 'format = 1\n[[rule]]\nstep = "trim"\namount = 0.01\nmodality = "PET"\n'
+    table.write_text(rule, encoding="utf-8")
+    monkeypatch.setattr("inference.policy.POLICY_FILE", table)
+    for name in ("CT_a.npz", "PET_a.npz"):  # the name tells the modality
+        path = write_case(tmp_path / "in", name)
+    with np.load(path, allow_pickle=True) as file:
+        slices = [slice(box["z_min"], box["z_max"] + 1) for box in file["boxes"]]
+    assert run("--postprocess", "auto")[0] == 0
+    untrimmed = np.repeat([1, 2], 3)
+    trimmed = np.zeros(6, int)
+    for label, kept in enumerate(slices, start=1):
+        trimmed[kept] = np.where(untrimmed[kept] == label, label, trimmed[kept])
+    assert not np.array_equal(trimmed, untrimmed)
+    for name, expected in (("CT_a.npz", untrimmed), ("PET_a.npz", trimmed)):
+        label_map = segmentation(tmp_path / "out" / name)
+        assert (label_map == expected[:, None, None]).all()
+
+
 def test_the_more_probable_class_gets_a_voxel_unless_priority_goes_by_label(
     stand_in, run, tmp_path
 ):

@@ -172,6 +172,39 @@ def test_bright_ellipsoids_in_boxes_are_found(run: Run):
         assert 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()) > 0.7
 
 
+def test_rules_and_probabilities(tmp_path: Path):
+    """Post-processing by the table that ships, with all that may be saved, on real logits."""
+    names = ("PET_round5_boxes", "US_round3_no_boxes")
+    for name in names:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_npz(tmp_path / "in" / f"{name}.npz", make_case(name))
+    folders = ("--inputs", tmp_path / "in", "--outputs", tmp_path / "out", "--device", "cpu")
+    options = ("--postprocess", "auto", "--label-priority", "--save-probabilities")
+    done = predict_sh(*folders, *options, cwd=tmp_path, command=[])
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in names:
+        case = make_case(name)
+        with np.load(tmp_path / "out" / f"{name}.npz") as file:
+            arrays = dict(file)
+        segs, regions = arrays["segs"], arrays["regions"]
+        assert regions[:, 0].tolist() == [1, 2]
+        for label, sides in enumerate(case["clicks"], start=1):
+            low, high = regions[label - 1, 1:4], regions[label - 1, 4:7]
+            size = tuple(high - low)
+            assert (low >= 0).all() and (high <= segs.shape).all()
+            probability, outline = arrays[f"probability_{label}"], arrays[f"outline_{label}"]
+            assert probability.shape == outline.shape == size
+            assert outline.any() and (probability[outline > 0] >= 128).all()
+            assert set(map(tuple, np.argwhere(segs == label))) <= {
+                tuple(low + offset) for offset in np.ndindex(size)
+            }
+            for kind, certain in (("fg", 255), ("bg", 0)):
+                for click in sides[kind]:
+                    assert (segs[tuple(click)] == label) == (kind == "fg")
+                    if (click >= low).all() and (click < high).all():
+                        assert probability[tuple(click - low)] == certain
+
+
 def test_outputs_that_cannot_be_written(tmp_path: Path):
     command = without_privileges()
     inputs, outputs = tmp_path / "inputs", tmp_path / "outputs"
