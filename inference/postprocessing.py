@@ -87,7 +87,9 @@ def clean_object(
     Returns:
         A region of the volume and the mask in it; None where nothing is left.
     """
-    if SMALL in steps and mask.size:
+    if not mask.size:
+        return None
+    if SMALL in steps:
         mask = remove_small_components(mask)
     box = ndimage.find_objects(mask.view(np.uint8))
     if not box:

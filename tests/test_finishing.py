@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from inference import policy
 from inference.case import Case, Click, ObjectPrompts
-from inference.finishing import Finisher
+from inference.finishing import POSTPROCESSING, Finisher
 from inference.refinement import ObjectLogits, honour_clicks, merge
 from tests import literal_postprocessing as literal
 from tests.test_postprocessing import blobs, speckled
@@ -107,6 +107,19 @@ def test_probabilities_are_those_before_post_processing_and_of_the_last_case():
     assert arrays["regions"].tolist() == [[1, 2, 0, 0, 5, 4, 5]]
     assert arrays["probability_1"][1, 1, 1] == round(255 / (1 + np.exp(-2)))
     assert np.argwhere(arrays["outline_1"]).tolist() == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("kind", POSTPROCESSING)
+@pytest.mark.parametrize("size", [(0, 0, 0), (4, 5, 6)])
+def test_an_object_of_which_nothing_was_found_takes_nothing(kind, size):
+    logits = [np.full(size, -1, np.float32), np.full((8, 8, 8), 3, np.float32)]
+    results = [ObjectLogits(i, (0, 0, 0), each) for i, each in enumerate(logits, 1)]
+    finisher = Finisher(kind, label_priority=True, save_probabilities=True)
+    label_map = finisher(results, case_of((8, 8, 8), count=2))
+    assert (label_map == 2).all()
+    arrays = finisher.probabilities.arrays()
+    assert arrays["regions"].tolist() == [[1, 0, 0, 0, *size], [2, 0, 0, 0, 8, 8, 8]]
+    assert arrays["outline_1"].shape == size
 
 
 def test_unknown_kinds_are_refused():
