@@ -21,10 +21,11 @@ OUT     ?= runs/evaluation
 IMAGE   ?= sammed3d:latest
 ARCHIVE ?= sammed3d.tar.gz
 TORCH   ?= cuda
-# What the image's labels say.
-VERSION  ?= $(shell git describe --tags --always --dirty)
-REVISION ?= $(shell git rev-parse HEAD)
-SOURCE   ?= $(shell git config --get remote.origin.url | grep '^https:')
+# What the image's labels say; the checkout may be of another user's, or no repository.
+git := git -c safe.directory='*'
+VERSION  ?= $(shell $(git) describe --tags --always --dirty 2>/dev/null || echo unknown)
+REVISION ?= $(shell $(git) rev-parse HEAD 2>/dev/null || echo unknown)
+SOURCE   ?= $(shell $(git) config --get remote.origin.url | grep '^https:')
 # In full, since engines add registries of their own to shorter names.
 full_name = $(if $(findstring /,$(IMAGE)),,docker.io/library/)$(IMAGE)
 
