@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: off: masks as the network draws them; paper: the paper's five steps; auto: the fitted policy.
 POSTPROCESSING = ("off", "paper", "auto")
+DEFAULT = "off"
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Finisher:
         ValueError: an unknown kind of post-processing, or a table of rules that cannot be read.
     """
 
-    postprocess: str = "off"
+    postprocess: str = DEFAULT
     label_priority: bool = False
     save_probabilities: bool = False
     probabilities: Probabilities | None = field(default=None, init=False)

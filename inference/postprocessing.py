@@ -31,8 +31,6 @@ from scipy import ndimage
 MINIMUM_VOXELS = 64
 SIGMA_VOXELS = 0.8
 
-POLICIES = ("off", "paper")
-
 SMALL, HOLES, CLOSING, SMOOTHING = OBJECT_STEPS = ("small", "holes", "closing", "smoothing")
 
 # The Gaussian's reach, as SciPy truncates it at four sigma.
@@ -49,24 +47,19 @@ Labels = TypeVar("Labels", bound=np.generic)
 Span = tuple[slice, slice, slice]
 
 
-def postprocess(label_map: NDArray[Labels], policy: str) -> NDArray[Labels]:
-    """Clean a label map.
+def postprocess(label_map: NDArray[Labels]) -> NDArray[Labels]:
+    """All five steps on a label map.
 
     Args:
         label_map: (D, H, W), unsigned integers, 0 is background. Left as it is.
-        policy: ``off`` (the label map comes back unchanged) or ``paper`` (all five steps).
 
     Returns:
         (D, H, W), same type.
 
     Raises:
-        ValueError: an unknown policy, or an array that is no label map.
+        ValueError: an array that is no label map.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"post-processing policy {policy!r}: accepted are {', '.join(POLICIES)}")
     _check(label_map, "u")
-    if policy == "off":
-        return label_map
     return resolve_overlaps(_clean_objects(label_map), label_map)
 
 

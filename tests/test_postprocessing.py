@@ -56,9 +56,7 @@ def test_each_step_on_uniform_masks(step, value, shape):
 @pytest.mark.parametrize("shape", [(40, 35, 45), *THIN_SHAPES])
 def test_pipeline_equals_scipy(labels, share, shape):
     label_map = speckled(blobs(shape, labels, seed=labels), share, seed=3)
-    assert np.array_equal(
-        postprocessing.postprocess(label_map, "paper"), literal.postprocess(label_map)
-    )
+    assert np.array_equal(postprocessing.postprocess(label_map), literal.postprocess(label_map))
 
 
 @settings(max_examples=200, deadline=None)
@@ -71,16 +69,14 @@ def test_pipeline_equals_scipy(labels, share, shape):
 )
 def test_pipeline_equals_scipy_on_anything(shape, labels, scale, share, seed):
     label_map = speckled(blobs(shape, labels, seed, scale), share, seed + 1)
-    assert np.array_equal(
-        postprocessing.postprocess(label_map, "paper"), literal.postprocess(label_map)
-    )
+    assert np.array_equal(postprocessing.postprocess(label_map), literal.postprocess(label_map))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_types_and_memory_orders(dtype, order):
     label_map = np.asarray(blobs((20, 24, 28), 5, seed=5).astype(dtype), order=order)
-    result = postprocessing.postprocess(label_map, "paper")
+    result = postprocessing.postprocess(label_map)
     assert result.dtype == dtype
     assert np.array_equal(result, literal.postprocess(label_map))
 
@@ -88,9 +84,7 @@ def test_types_and_memory_orders(dtype, order):
 def test_read_only_and_strided_input():
     label_map = blobs((30, 48, 40), 4, seed=6)[::2, ::-1, 4:]
     label_map.flags.writeable = False
-    assert np.array_equal(
-        postprocessing.postprocess(label_map, "paper"), literal.postprocess(label_map)
-    )
+    assert np.array_equal(postprocessing.postprocess(label_map), literal.postprocess(label_map))
 
 
 def test_real_label_maps(shared_data: Path):
@@ -102,16 +96,14 @@ def test_real_label_maps(shared_data: Path):
         with np.load(folder / name) as file:
             label_map = np.unique(file["gts"][crop], return_inverse=True)[1].astype(np.uint8)
         assert label_map.max() >= 3
-        assert np.array_equal(
-            postprocessing.postprocess(label_map, "paper"), literal.postprocess(label_map)
-        )
+        assert np.array_equal(postprocessing.postprocess(label_map), literal.postprocess(label_map))
 
 
 def test_dozens_of_real_neurites(shared_data: Path):
     with np.load(shared_data / "labels_only" / "connectomics_cc3d_512.npz") as file:
         label_map = file["labels"][200:264, 200:280, 200:296]
     assert len(np.unique(label_map)) == 50
-    result = postprocessing.postprocess(label_map, "paper")
+    result = postprocessing.postprocess(label_map)
     assert result.dtype == label_map.dtype
     assert np.array_equal(result, literal.postprocess(label_map))
 
@@ -186,24 +178,17 @@ def test_lower_label_has_priority_in_any_order():
         assert not like.any()
 
 
-def test_off_changes_nothing():
-    label_map = speckled(blobs((10, 10, 10), 3, seed=12), 0.3, seed=13)
-    assert np.array_equal(postprocessing.postprocess(label_map, "off"), label_map)
-
-
 def test_nothing_in_nothing_out():
-    assert not postprocessing.postprocess(np.zeros((4, 4, 4), np.uint8), "paper").any()
+    assert not postprocessing.postprocess(np.zeros((4, 4, 4), np.uint8)).any()
 
 
-def test_unknown_policy_and_wrong_arrays_are_refused():
-    with pytest.raises(ValueError, match=r"'best'.*off, paper"):
-        postprocessing.postprocess(np.zeros((2, 2, 2), np.uint8), "best")
+def test_wrong_arrays_are_refused():
     with pytest.raises(ValueError, match=r"uint8 of shape \(2, 2\)"):
-        postprocessing.postprocess(np.zeros((2, 2), np.uint8), "paper")
+        postprocessing.postprocess(np.zeros((2, 2), np.uint8))
     with pytest.raises(ValueError, match=r"shape \(0, 4, 4\)"):
-        postprocessing.postprocess(np.zeros((0, 4, 4), np.uint8), "paper")
+        postprocessing.postprocess(np.zeros((0, 4, 4), np.uint8))
     with pytest.raises(ValueError, match=r"float32.*unsigned"):
-        postprocessing.postprocess(np.zeros((2, 2, 2), np.float32), "paper")
+        postprocessing.postprocess(np.zeros((2, 2, 2), np.float32))
     for step in STEPS[1:]:
         with pytest.raises(ValueError, match=r"uint8.*bool"):
             getattr(postprocessing, step)(np.zeros((2, 2, 2), np.uint8))

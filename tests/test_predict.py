@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from inference import predict
+from inference.finishing import DEFAULT, POSTPROCESSING, Finisher
 from inference.refinement import ObjectLogits
 from tests.phantoms import challenge_case, write_npz
 
@@ -235,6 +236,13 @@ def test_existing_results_are_skipped_only_on_demand(stand_in, run, tmp_path):
     status, out, _ = run()
     assert status == 0
     assert out[-1].startswith("2 of 2 cases in ")
+
+
+def test_command_line_and_finisher_agree_on_the_kinds_of_postprocessing():
+    # Written twice, because --help must not wait for numpy.
+    [action] = [a for a in predict.make_parser()._actions if a.dest == "postprocess"]
+    assert tuple(action.choices) == POSTPROCESSING
+    assert action.default == DEFAULT == Finisher().postprocess
 
 
 def test_postprocessing_is_off_unless_asked_for(stand_in, run, tmp_path):

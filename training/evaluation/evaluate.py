@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import inference
+from inference.finishing import DEFAULT, POSTPROCESSING
 from inference.model.weights import find_weights, sha256_of
 from training.evaluation.comparison import Difference, compare, format_differences
 from training.evaluation.labelled_case import load_labelled_case
@@ -58,7 +59,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--sam", metavar="FILE", help="segmenter: SAM-Med3D checkpoint, or its name")
     add("--refiner", choices=("on", "off"), default="on", help="segmenter: off: SAM-Med3D alone")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="segmenter: where")
-    add("--postprocess", default="off", help="segmenter: policy (default: %(default)s)")
+    add(
+        "--postprocess",
+        choices=POSTPROCESSING,
+        default=DEFAULT,
+        help="segmenter: as predict.sh has it (default: %(default)s)",
+    )
     add("--command", help="command: with {inputs} and {outputs} where the folders belong")
     add("--image", help="image: name of a container image")
     add("--no-boxes", action="store_true", help="drop the boxes of every case")

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.case import Case, parse_case
+from inference.finishing import DEFAULT, Finisher
 from inference.npz import NpzFile
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -162,7 +163,7 @@ class PredictorChoice:
         sam: SAM-Med3D checkpoint of the segmenter.
         refiner: False: SAM-Med3D alone.
         device: ``auto``, ``cpu`` or ``cuda``.
-        postprocess: policy of the segmenter's post-processing.
+        postprocess: kind of the segmenter's post-processing.
         command: command line of ``command``.
         image: image name of ``image``.
     """
@@ -172,7 +173,7 @@ class PredictorChoice:
     sam: Path | None = None
     refiner: bool = True
     device: str = "auto"
-    postprocess: str = "off"
+    postprocess: str = DEFAULT
     command: str | None = None
     image: str | None = None
 
@@ -200,7 +201,6 @@ def build_predictor(choice: PredictorChoice) -> Predictor:
 
 
 def _segmenter(choice: PredictorChoice) -> Callable[[Case], NDArray[np.uint8]]:
-    from inference.finishing import Finisher
     from inference.segmenter import Segmenter
 
     segmenter = Segmenter.from_files(
