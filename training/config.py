@@ -35,7 +35,7 @@ class Config:
         hard: exponent of the preference for datasets with low Dice so far, in balanced sampling.
 
         windows: (progress, edge in cells) pairs: the refiner's window from that progress (0..1)
-            on. SAM-Med3D's is ``sam.image_size``.
+            on. Inference uses the last one. SAM-Med3D's is ``sam.image_size``.
         box_scale: range of the window's edge in boxes.
         no_box: probability that an object comes without a box.
         sloppy_box: probability that each face of a box is off by some percent.

@@ -6,6 +6,7 @@ checkpoint of another run.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,8 @@ def read_checkpoint(path: Path) -> TrainedNetwork:
     """Read the exponential moving average that a training checkpoint keeps.
 
     A checkpoint is a dict of plain values and tensors, with the average under ``average``, the
-    network's configuration under ``refiner`` or ``sam``, and the run's under ``config``.
+    network's configuration under ``refiner`` or ``sam``, and the run's under ``config``. A
+    refiner's window is the last one of the run.
 
     Raises:
         ValueError: the file is no checkpoint; nothing in it is executed.
@@ -68,7 +70,11 @@ def read_checkpoint(path: Path) -> TrainedNetwork:
             "configuration of its network under 'refiner' or 'sam'"
         )
     config = _CONFIGS[kinds[0]].from_json(json.dumps(state[kinds[0]]))
-    training: dict[str, Any] = {"config": state.get("config")}
+    run = state.get("config")
+    if isinstance(config, RefinerConfig) and isinstance(run, Mapping) and run.get("windows"):
+        # Whatever the network was built for: inference shows what training showed last.
+        config = dataclasses.replace(config, window=int(run["windows"][-1][1]))
+    training: dict[str, Any] = {"config": run}
     counts = {"step": "steps", "windows": "windows", "minutes": "minutes"}
     training |= {name: state[key] for key, name in counts.items() if key in state}
     return TrainedNetwork(kinds[0], config, dict(state["average"]), training)

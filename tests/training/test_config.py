@@ -27,7 +27,8 @@ def test_the_papers_table_is_in_its_file() -> None:
 
 def test_the_default_weights_have_their_file() -> None:
     config = Config.load(CONFIGS / "default.yaml")
-    assert (config.batch, config.windows, config.lr) == (8, ((0.0, 48),), 1.5e-3)
+    assert (config.steps, config.batch, config.rounds) == (7350, 8, 4)
+    assert (config.windows, config.lr, config.warmup_steps) == (((0.0, 48),), 1.5e-3, 100)
     assert (config.betas, config.weight_decay, config.ema) == ((0.9, 0.99), 0.02, 0.998)
     assert (config.synthetic, config.no_box, config.schedule) == (0.18, 0.28, "cosine")
     assert dict(config.modality_weights)["MR"] == 0.33

@@ -66,6 +66,14 @@ def test_the_hash_is_listed_once(tmp_path: Path, checkpoint: Path) -> None:
     ]
 
 
+def test_inference_looks_in_the_windows_of_the_runs_end(tmp_path: Path) -> None:
+    network = Refiner(dataclasses.replace(TINY, window=64))
+    run_ = {"windows": [[0.0, 32], [0.6, 48]]}
+    checkpoint = write_checkpoint(tmp_path / "c.pt", network, config=run_)
+    assert run("--checkpoint", checkpoint, "--out", tmp_path / "w.safetensors") == 0
+    assert load_refiner(tmp_path / "w.safetensors").config.window == 48
+
+
 def test_two_checkpoints_make_a_bundle(tmp_path: Path, checkpoint: Path) -> None:
     network = noisy(SamMed3D(SAM))
     sam = write_checkpoint(tmp_path / "sam.pt", network)
@@ -109,7 +117,7 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Pa
     """A checkpoint, its weights, and the summary of an evaluation of them and of a baseline."""
     folder = tmp_path_factory.mktemp("evaluation")
     torch.manual_seed(0)
-    untrained = Refiner(dataclasses.replace(TINY, window=16))
+    untrained = Refiner(TINY)
     checkpoint = write_checkpoint(folder / "checkpoint.pt", untrained)
     weights = folder / "w.safetensors"
     assert run("--checkpoint", checkpoint, "--out", weights) == 0

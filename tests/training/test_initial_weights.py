@@ -14,7 +14,7 @@ from inference.model.sam_med3d import CONFIGS, SamMed3D, SamMed3DConfig
 from inference.model.weights import WEIGHTS_DIR, save_weights
 from training.initial_weights import initialise, read_checkpoint
 
-TINY = RefinerConfig(channels=(8, 8), blocks=(1, 1))
+TINY = RefinerConfig(channels=(8, 8), blocks=(1, 1), window=16)
 SAM = SamMed3DConfig(
     image_size=32,
     patch_size=8,
