@@ -24,6 +24,7 @@ POLICY_FILE = Path(__file__).with_name("policy.toml")
 ANY = "any"
 
 _FORMAT = 1
+_LARGEST_AMOUNT = 2.0  # of shares of an object; smoothing by more would take minutes
 _MODALITIES = {"MRI": "MR", "Ultrasound": "US", "Micro": "Microscopy"}
 _CONDITION = re.compile(r"\s*(\w+)\s*(<|>=)\s*([-+.\deE]+)\s*")
 
@@ -127,8 +128,11 @@ def _rule(row: dict[str, Any], source: str) -> Rule:
     step, amount = row.get("step"), row.get("amount")
     if step not in STEPS:
         raise ValueError(f"{source}: step {step!r}; accepted: {', '.join(STEPS)}")
-    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < 1e9:
-        raise ValueError(f"{source}: amount {amount!r}; accepted: a number above 0")
+    number = isinstance(amount, int | float) and not isinstance(amount, bool)
+    if not number or not 0 < amount <= _LARGEST_AMOUNT:
+        raise ValueError(
+            f"{source}: amount {amount!r}; accepted: a number above 0, at most {_LARGEST_AMOUNT:g}"
+        )
     modality, where = row.get("modality", ANY), row.get("where", [])
     if not isinstance(modality, str):
         raise ValueError(f"{source}: modality {modality!r}; accepted: a name, or {ANY!r}")

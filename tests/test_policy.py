@@ -57,6 +57,7 @@ def test_a_table_is_read_as_it_is_written(tmp_path):
         ('format = 1\n[[rule]]\nstep = "polish"', "'polish'"),
         ('format = 1\n[[rule]]\nstep = "smooth"', "amount None"),
         ('format = 1\n[[rule]]\nstep = "smooth"\namount = 0', "amount 0"),
+        ('format = 1\n[[rule]]\nstep = "smooth"\namount = 2.5', "at most 2"),
         ('format = 1\n[[rule]]\nstep = "smooth"\namount = nan', "amount nan"),
         ('format = 1\n[[rule]]\nstep = "smooth"\namount = true', "amount True"),
         ('format = 1\n[[rule]]\nstep = "smooth"\namount = 1\nmodality = 3', "modality 3"),
