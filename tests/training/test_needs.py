@@ -1,0 +1,52 @@
+"""What a run needs: measured in one step, reckoned for all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.training.balls import TINY_SAM, config, write_balls
+from training.needs import _ON_CPU, Step, main, report
+
+SAM = {"network": "sam_med3d", "sam": TINY_SAM, "rounds": 2}
+
+
+def test_a_step_is_measured_and_the_run_reckoned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(**SAM, epochs=3, batch=2, accumulate=1, sampling="epochs")
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(settings.to_dict()), encoding="utf-8")
+    data = str(write_balls(tmp_path))
+    assert main(["--config", str(path), "--data", data, "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "a step of 1:" in said and "a step of 2:" in said
+    assert "batch 2 x 1, 6 steps of 2 windows (4 objects an epoch)" in said
+    assert main(["--config", str(path), "--data", str(tmp_path / "gone")]) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_reckoning() -> None:
+    """240 steps of 24 windows of 10 TFLOP at 100 TFLOP/s: 576 seconds."""
+    settings = config(**SAM, epochs=240, batch=12, accumulate=2, sampling="epochs")
+    one = Step(windows=1, seconds=9.0, cpu_seconds=15.0, flops=10**13, peak_gb=3.0)
+    two = Step(windows=2, seconds=18.0, cpu_seconds=30.0, flops=2 * 10**13, peak_gb=3.5)
+    said = report(settings, one, two, objects=24, tflops=100.0)
+    assert "so 2.50 GB anyway and 0.50 GB a window" in said
+    assert "240 steps of 24 windows" in said
+    assert "memory 8.5 GB" in said
+    assert f"0.06 EFLOP: {576 / 86400:.2f} days at 100 TFLOP/s" in said
+    assert f"{240 * 24 * 15 / 86400:.0f} days on one core" in said
+
+
+def test_attention_on_a_cpu_is_counted() -> None:
+    query = torch.randn(1, 2, 64, 16, requires_grad=True)
+    counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
+    with counter:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    product = 2 * 2 * 64 * 64 * 16  # heads, two operations, rows, columns, terms
+    assert counter.get_total_flops() == 7 * product  # two on the way there, five back
