@@ -18,10 +18,9 @@ from inference.resampling import resample
 BOX_SCALE = 1.8
 #: A region grows by this factor while the prediction touches its border (nnInteractive's AutoZoom).
 ZOOM = 1.5
-#: First looks for an object of unknown size: edge in longest edges of the volume, and what the
-#: network's confidence in it is multiplied with (fitted on training cases: networks are too sure of
-#: whole heads and bodies).
-FIRST_LOOKS = ((0.3, 1.0), (0.5, 1.1), (0.9, 0.9))
+#: First looks at an object of unknown size: edges in longest edges of the volume (chosen on
+#: training cases, where looking beyond the volume finds large objects best).
+FIRST_LOOKS = (0.7, 1.4)
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 #: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.
 SURE = 100.0
@@ -103,12 +102,12 @@ def first_windows(
         box = prompts.box
         windows = [window_around(box.start, box.stop, shape, spacing_mm, BOX_SCALE)]
     elif previous is not None:
-        windows = [window_around(*_hull([previous, *positive]), shape, spacing_mm, BOX_SCALE)]
+        windows = [window_around(*hull([previous, *positive]), shape, spacing_mm, BOX_SCALE)]
     else:
-        low, high = _hull(positive or points)
+        low, high = hull(positive or points)
         longest = max(n * s for n, s in zip(volume, spacing_mm, strict=True))
         windows = []
-        for share, _ in FIRST_LOOKS:
+        for share in FIRST_LOOKS:
             half = [share * longest / s / 2 for s in spacing_mm]
             low_edges = [a - h for a, h in zip(low, half, strict=True)]
             high_edges = [b + h for b, h in zip(high, half, strict=True)]
@@ -180,9 +179,11 @@ def fine_shape(window: Window, tile: int, tiles: int, multiple: int) -> Triple:
     return z, y, x
 
 
-def to_voxels(logits: Tensor, window: Window, label: int, volume: Triple) -> ObjectLogits:
-    """Logits of a window's grid at the voxels of the volume, cut to where they may be positive."""
-    box = bounding_box((logits > 0).cpu().numpy())
+def to_voxels(
+    logits: Tensor, window: Window, label: int, volume: Triple, floor: float = 0.0
+) -> ObjectLogits:
+    """Logits of a window's grid at the voxels of the volume, cut to where they exceed a floor."""
+    box = bounding_box((logits > floor).cpu().numpy())
     if box is None:
         return ObjectLogits(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
     keep, start = [], []
@@ -211,7 +212,7 @@ def honour_clicks(result: ObjectLogits, clicks: Sequence[Click]) -> ObjectLogits
     own = [(result.start, stop)] if result.logits.size else []
     if not own and not positive:
         return result
-    low, high = _hull([*own, *positive])
+    low, high = hull([*own, *positive])
     size = tuple(b - a for a, b in zip(low, high, strict=True))
     logits = result.logits
     if size != logits.shape:
@@ -248,7 +249,7 @@ def merge(results: Iterable[ObjectLogits], shape: Triple) -> NDArray[np.uint8]:
     return labels
 
 
-def _hull(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Triple, Triple]:
+def hull(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[Triple, Triple]:
     """Smallest box around boxes."""
     low = np.min([a for a, _ in boxes], axis=0)
     high = np.max([b for _, b in boxes], axis=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inference.case import Case, ObjectPrompts
 from inference.coarse import CoarseStage
+from inference.consensus import FLOOR, consensus
 from inference.geometry import Triple, Window
 from inference.memory import in_parts, release_memory, windows_at_once
 from inference.model.refiner import CHANNELS, Refiner, load_refiner
@@ -41,6 +42,8 @@ Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 #: Log-odds that the ellipsoid in the box adds at its centre while a box is all there is (fitted on
 #: training cases): the networks so far know shapes less well than the box does.
 _SHAPE_TRUST = 5.0
+#: Log-odds added everywhere then: before the first click masks are too small (fitted likewise).
+_BOX_ALONE = 0.7
 _SHAPE = CHANNELS.index("ellipsoid")
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
@@ -58,7 +61,6 @@ class _Look:
     prompts: ObjectPrompts
     window: Window
     previous: tuple[Triple, Triple] | None
-    others: tuple[Window, ...] = ()  # further windows to begin with, where the size is unknown
     growths: int = 0
     resized: bool = False
     coarse: tuple[Window, Tensor] | None = None  # what SAM-Med3D saw and said
@@ -170,37 +172,37 @@ class Segmenter:
         wanted = [o for o in objects if not o.is_empty]
         tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
         known = {} if previous is None else bounding_boxes(previous)
+        if any(o.box is None and o.label not in known for o in wanted):
+            batch = max(1, batch // len(FIRST_LOOKS))
         for i in range(0, len(wanted), batch):
-            looks = [
+            parts = [
                 self._begin(prompts, previous, known.get(prompts.label))
                 for prompts in wanted[i : i + batch]
             ]
             if self._refiner is not None:
-                self._look(self._refiner, looks, previous)
-            for look in looks:
-                yield self._finish(look, tiles)
+                self._look(self._refiner, [look for looks in parts for look in looks], previous)
+            for looks in parts:
+                yield self._finish(looks, tiles)
 
     def _begin(
         self,
         prompts: ObjectPrompts,
         previous: NDArray[np.uint8] | None,
         before: tuple[Triple, Triple] | None,
-    ) -> _Look:
-        """Choose the first window and, where there is SAM-Med3D, ask it."""
+    ) -> list[_Look]:
+        """Choose an object's first windows and, where there is SAM-Med3D, ask it in one of them."""
         edge = _EDGE if self._refiner is None else self._refiner.config.window
-        region, *others = first_windows(
-            prompts, before, self._volume, self._spacing_mm, (edge, edge, edge)
-        )
-        look = _Look(prompts, region, before, tuple(others))
+        windows = first_windows(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
+        looks = [_Look(prompts, window, before) for window in windows]
         if self._coarse is not None:
-            window = self._coarse.window(region, self._spacing_mm)
-            mask = self._previous_cells(window, look, previous)
+            window = self._coarse.window(windows[0], self._spacing_mm)
+            mask = self._previous_cells(window, looks[0], previous)
             logits = self._coarse.logits(self._cells(window), window, prompts, mask)
             if self._refiner is None:
-                look.window, look.logits = window, logits
-            else:
+                return [_Look(prompts, window, before, logits=logits)]
+            for look in looks:
                 look.coarse = window, logits
-        return look
+        return looks
 
     @property
     def _volume(self) -> Triple:
@@ -213,21 +215,9 @@ class Segmenter:
     ) -> None:
         """Run the network on the looks' windows, growing and shrinking them until they fit."""
 
-        def run(looks: Sequence[_Look]) -> Tensor:
-            return self._run(refiner, looks, previous)
-
-        for look in looks:
-            if look.others:
-                tries = [replace(look, window=w, others=()) for w in (look.window, *look.others)]
-                logits = in_parts(run, tries)
-                scores = [
-                    weight * _confidence(one)
-                    for one, (_, weight) in zip(logits, FIRST_LOOKS, strict=True)
-                ]
-                look.window = tries[int(np.argmax(scores))].window
         pending = list(looks)
         while pending:
-            logits = in_parts(run, pending)
+            logits = in_parts(lambda some: self._run(refiner, some, previous), pending)
             again = []
             for look, values in zip(pending, logits, strict=True):
                 look.logits = values
@@ -315,7 +305,16 @@ class Segmenter:
         mask = resample(to_tensor(voxels, self.device), window.shape) > 0.5
         return mask.float() if bool(mask.any()) else None
 
-    def _finish(self, look: _Look, tiles: int) -> ObjectLogits:
+    def _finish(self, looks: Sequence[_Look], tiles: int) -> ObjectLogits:
+        """One object out of its looks."""
+        if len(looks) == 1:
+            result = self._voxels(looks[0], tiles)
+        else:
+            share = max(1, tiles // len(looks))
+            result = consensus([self._voxels(look, share, FLOOR) for look in looks])
+        return honour_clicks(result, looks[0].prompts.clicks)
+
+    def _voxels(self, look: _Look, tiles: int, floor: float = 0.0) -> ObjectLogits:
         """Second pass where the grid is coarser than the volume, then voxels."""
         assert look.logits is not None
         window, logits = look.window, look.logits
@@ -323,9 +322,9 @@ class Segmenter:
             shape = fine_shape(window, _TILE, tiles, self._refiner.config.stride)
             if np.prod(shape) > 1.5 * np.prod(window.shape):
                 window, logits = self._second_pass(self._refiner, look, shape)
-        return honour_clicks(
-            to_voxels(logits, window, look.prompts.label, self._volume), look.prompts.clicks
-        )
+        if look.prompts.box is not None and look.previous is None and not look.prompts.clicks:
+            logits = logits + _BOX_ALONE
+        return to_voxels(logits, window, look.prompts.label, self._volume, floor)
 
     def _second_pass(self, refiner: Refiner, look: _Look, shape: Triple) -> tuple[Window, Tensor]:
         """Look at the boundary again, at a finer grid of ``shape`` cells over the same window."""
@@ -391,10 +390,3 @@ class Segmenter:
                 "SAM-Med3D checkpoint beside it"
             )
         return cls(network, coarse, device)
-
-
-def _confidence(logits: Tensor) -> float:
-    """The Dice the network expects of its mask: soft Dice of probabilities and mask."""
-    probability = logits.sigmoid()
-    mask = probability > 0.5
-    return float(2 * probability[mask].sum() / (probability.sum() + mask.sum()).clamp_min(1e-6))

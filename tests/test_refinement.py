@@ -180,7 +180,7 @@ def test_bounding_boxes_of_labels_equal_those_of_their_masks(seed: int, most: in
 def test_first_looks_without_a_box_are_cubes_in_millimetres() -> None:
     prompts = ObjectPrompts(1, None, (Click((50, 50, 50), True),))
     windows = first_windows(prompts, None, (100, 120, 400), (4.0, 2.0, 1.0), GRID)
-    for window, (share, _) in zip(windows, FIRST_LOOKS, strict=True):
+    for window, share in zip(windows, FIRST_LOOKS, strict=True):
         np.testing.assert_allclose(np.multiply(window.size, (4, 2, 1)), 400 * share, atol=8)
 
 

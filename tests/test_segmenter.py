@@ -67,12 +67,13 @@ def test_boxes_find_their_objects() -> None:
 
 
 def test_clicks_alone_find_their_objects() -> None:
+    """With the weights that ship: untrained, nothing tells an object's size."""
     _, truth, _ = _phantom()
     clicks = tuple(
         (Click(tuple(int(v) for v in np.argwhere(truth == k).mean(0).round()), True),)
         for k in (1, 2)
     )
-    labels = _segmenter().segment_case(_case(boxes=False, clicks=clicks))
+    labels = Segmenter.from_files(device="cpu").segment_case(_case(boxes=False, clicks=clicks))
     for label in (1, 2):
         assert _dice(labels == label, truth == label) > 0.6
 
@@ -176,7 +177,7 @@ class _Threshold(Segmenter):
     """Calls bright cells the object, so that what a grid resolves is what comes out."""
 
     def _network(self, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
-        return channels[:, 0]
+        return 100 * channels[:, 0]  # surer than anything the segmenter adds
 
 
 def test_a_large_object_is_looked_at_again_at_the_volumes_resolution(
