@@ -16,6 +16,8 @@ _MOST_ON_CUDA = 32
 #: together (measured as resident memory on a CPU: 210), rounded up.
 _BYTES_PER_CELL = 256
 _SHARE = 0.5  # of the free memory; the rest is for fragments and the libraries' workspaces
+#: How CUDA, cuBLAS and cuDNN say it where torch's own allocator was not asked.
+_SIGNS = ("out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "STATUS_NOT_INITIALIZED")
 
 
 def windows_at_once(device: torch.device, cells: int) -> int:
@@ -32,6 +34,12 @@ def windows_at_once(device: torch.device, cells: int) -> int:
     return min(_MOST_ON_CUDA, max(1, int(_SHARE * free) // (_BYTES_PER_CELL * cells)))
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out: torch's own error, or one of CUDA's libraries that says so."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in _SIGNS)
+
+
 def in_parts(run: Callable[[Sequence[T]], Tensor], items: Sequence[T]) -> Tensor:
     """``run(items)``, or where memory runs out the same in parts of half the size, and so on.
 
@@ -43,7 +51,7 @@ def in_parts(run: Callable[[Sequence[T]], Tensor], items: Sequence[T]) -> Tensor
         (len(items), ...).
 
     Raises:
-        torch.OutOfMemoryError: a single item is too much.
+        RuntimeError: a single item is too much (:func:`is_out_of_memory`), or another fault.
     """
     size = len(items)
     while True:
@@ -51,8 +59,8 @@ def in_parts(run: Callable[[Sequence[T]], Tensor], items: Sequence[T]) -> Tensor
             if size == len(items):
                 return run(items)
             return torch.cat([run(items[i : i + size]) for i in range(0, len(items), size)])
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except RuntimeError as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
         # Out here the exception is gone, and with it the tensors its traceback held.
         release_memory()

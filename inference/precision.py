@@ -1,4 +1,4 @@
-"""Which number format networks run in on a device.
+"""Which device to compute on, and which number format networks run in there.
 
 cuDNN chooses its kernels by rule, which is torch's default and is left so: trying them out for each
 number of windows would be paid for at every start, and one case could differ from run to run.
@@ -6,7 +6,35 @@ number of windows would be paid for at every start, and one case could differ fr
 
 from __future__ import annotations
 
+import logging
+
 import torch
+from torch.nn import functional as F
+
+_ROOM = 1 << 29  # bytes that must be free on a GPU to begin there: the networks, a few windows
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu`` or ``cuda`` stands for.
+
+    ``auto`` is CUDA where a GPU does compute: one that is busy, full, or of a kind that this build
+    of torch knows no longer is left alone, and a line of the log says so.
+    """
+    if name != "auto":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda")
+    try:
+        torch.empty(_ROOM, dtype=torch.uint8, device=device)
+        with autocast(device):
+            volume = torch.ones((1, 8, 4, 4, 4), device=device)
+            float(F.conv3d(volume, volume).sum())  # waits until it is done
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        logging.getLogger(__name__).warning("the GPU is left alone, the CPU computes: %s", reason)
+        return torch.device("cpu")
+    return device
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -15,11 +15,11 @@ from inference.case import Case, ObjectPrompts
 from inference.coarse import CoarseStage
 from inference.consensus import FLOOR, consensus
 from inference.geometry import Triple, Window
-from inference.memory import in_parts, release_memory, windows_at_once
+from inference.memory import in_parts, is_out_of_memory, release_memory, windows_at_once
 from inference.model.refiner import CHANNELS, Refiner, load_refiner
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
-from inference.precision import autocast
+from inference.precision import autocast, choose_device
 from inference.prompts import refiner_channels, shifted, window_prompts
 from inference.refinement import (
     FIRST_LOOKS,
@@ -118,8 +118,8 @@ class Segmenter:
         self.used_device = self.device
         try:
             return self._finished(case, finish)
-        except torch.OutOfMemoryError:
-            if self.device.type == "cpu":
+        except RuntimeError as error:
+            if self.device.type == "cpu" or not is_out_of_memory(error):
                 raise
         # Out here the exception is gone, and with it the tensors its traceback held.
         self._move(torch.device("cpu"))
@@ -146,9 +146,11 @@ class Segmenter:
         try:
             self._move(device)
             return
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
         self._move(torch.device("cpu"))
+        release_memory()  # what was moved before it ran out
 
     def segment(
         self, objects: Sequence[ObjectPrompts], previous: NDArray[np.uint8] | None = None
@@ -369,24 +371,23 @@ class Segmenter:
             weights: our bundle; by default the one in the weights folder.
             sam: a SAM-Med3D checkpoint for the coarse stage; it goes before the bundle's own.
             refiner: False for SAM-Med3D alone.
-            device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+            device: ``auto`` (CUDA where there is one that computes), ``cpu`` or ``cuda``.
 
         Raises:
             ValueError: a file is not what it should be, or no SAM-Med3D is there to be alone.
             FileNotFoundError: there are no default weights.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = choose_device(device)
         bundle = weights if weights or (sam and not refiner) else find_weights()
         network = load_refiner(bundle) if refiner and bundle else None
         coarse = None
         if sam is None and bundle is not None and "sam" in read_metadata(bundle):
             sam = bundle
         if sam is not None:
-            coarse = CoarseStage(load_sam_med3d(sam), torch.device(device))
+            coarse = CoarseStage(load_sam_med3d(sam), place)
         elif not refiner:
             raise ValueError(
                 f"refiner off, but {bundle} holds no SAM-Med3D; accepted: a bundle with one, or a "
                 "SAM-Med3D checkpoint beside it"
             )
-        return cls(network, coarse, device)
+        return cls(network, coarse, place)
