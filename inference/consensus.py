@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from inference.geometry import Triple
 from inference.refinement import ObjectLogits, hull
@@ -46,7 +45,8 @@ def consensus(looks: Sequence[ObjectLogits]) -> ObjectLogits:
             for s, a, n in zip(look.start, low, look.logits.shape, strict=True)
         )
         if look.logits.size:
-            mean[z, y, x] += expit(look.logits)
+            # The logistic function; SciPy's costs each start 0.2 s of imports.
+            mean[z, y, x] += (1 + np.tanh(look.logits / 2)) / 2
     mean /= len(looks)
     threshold = best_threshold(mean)
     np.clip(mean, 1e-6, 1 - 1e-6, out=mean)
