@@ -128,11 +128,13 @@ def _rule(row: dict[str, Any], source: str) -> Rule:
     step, amount = row.get("step"), row.get("amount")
     if step not in STEPS:
         raise ValueError(f"{source}: step {step!r}; accepted: {', '.join(STEPS)}")
-    number = isinstance(amount, int | float) and not isinstance(amount, bool)
-    if not number or not 0 < amount <= _LARGEST_AMOUNT:
-        raise ValueError(
-            f"{source}: amount {amount!r}; accepted: a number above 0, at most {_LARGEST_AMOUNT:g}"
-        )
+    refusal = ValueError(
+        f"{source}: amount {amount!r}; accepted: a number above 0, at most {_LARGEST_AMOUNT:g}"
+    )
+    if isinstance(amount, bool) or not isinstance(amount, int | float):
+        raise refusal
+    if not 0 < amount <= _LARGEST_AMOUNT:
+        raise refusal
     modality, where = row.get("modality", ANY), row.get("where", [])
     if not isinstance(modality, str):
         raise ValueError(f"{source}: modality {modality!r}; accepted: a name, or {ANY!r}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from inference.model.weights import find_weights, read_weights, sha256_of
 from training.evaluation.results import read_csv
+from training.marked_text import replace_marked
 
 BEGIN = "<!-- figures: begin (written by training.model_card) -->"
 END = "<!-- figures: end -->"
@@ -74,16 +74,9 @@ def write_figures(card: Path, weights: Path, markdown: str) -> None:
     Raises:
         ValueError: the file has not exactly one pair of markers.
     """
-    text = card.read_text(encoding="utf-8") if card.exists() else None
-    if text is None:
-        text = f"# Weights: `{weights.name}`\n\n{BEGIN}\n{END}\n"
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after or END in before:
-        raise ValueError(f"{card}: accepted: one line '{BEGIN}' and after it one line '{END}'")
-    temporary = card.with_name(f".{os.getpid()}.{card.name}")
-    temporary.write_text(f"{before}{BEGIN}\n\n{markdown}\n\n{END}{after}", encoding="utf-8")
-    temporary.replace(card)
+    if not card.exists():
+        card.write_text(f"# Weights: `{weights.name}`\n\n{BEGIN}\n{END}\n", encoding="utf-8")
+    replace_marked(card, BEGIN, END, markdown)
 
 
 def _describe(weights: Path, digest: str) -> str:

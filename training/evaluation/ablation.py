@@ -8,7 +8,7 @@ and differences are paired by case. Held again with noise on the logits, so that
 poor as the paper's. Writes ``ablation_scores.csv`` (each case, round and variant),
 ``ablation.csv`` (differences with intervals, by modality and round), ``ablation.md`` (the same to
 be read) and ``report.html``, the page about all that the folder holds: in the folder of an
-evaluation the tables appear in its report.
+evaluation the tables appear in its report. ``--document README.md`` puts a digest there.
 
 Records are kept by the content of the weights, in ``--cache``. Another engine with the same weights
 needs another folder.
@@ -38,6 +38,7 @@ from training.evaluation.ablation_table import (
     OFF,
     Row,
     ablation_tables,
+    digest,
     is_earned,
     summarise_ablation,
 )
@@ -48,6 +49,7 @@ from training.evaluation.metrics import Scores, score
 from training.evaluation.recording import load_record, record_folder, restrict
 from training.evaluation.report import write_report
 from training.evaluation.results import list_runs, write_csv
+from training.marked_text import replace_marked
 
 #: The paper's fifth step: where two objects claim a voxel the lower label gets it.
 PRIORITY = "priority"
@@ -61,6 +63,9 @@ VARIANTS: dict[str, tuple[str, ...] | None] = {
     "paper": PAPER,
     AUTO: None,
 }
+#: What the digest lies between.
+BEGIN = "<!-- ablation: begin (written by training.evaluation.ablation) -->"
+END = "<!-- ablation: end -->"
 #: Standard deviation of the noise on logits that makes masks as poor as the paper's (DSC 0.28).
 PAPER_NOISE = 4.0
 
@@ -142,6 +147,7 @@ def score_case(task: Task) -> list[Row]:
                 rows.append(
                     {
                         "case": record.name,
+                        "objects": len(record.labels),
                         "noise": level,
                         "round": turn,
                         "variant": name,
@@ -181,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--objects", type=int, default=255, metavar="N", help="most classes of a case")
     add("--rounds", type=int, nargs="+", default=[0, 1, 3, 5], metavar="N", help="0: the box round")
     add("--noise", type=float, nargs="+", default=[0.0, PAPER_NOISE], metavar="SD")
+    add("--document", type=Path, metavar="MD", help="also put a digest between its markers")
     add("--jobs", type=int, default=1, metavar="N", help="cases at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
@@ -196,9 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = summarise_ablation(rows)
         write_csv(options.out / "ablation.csv", table)
         text = "\n".join(found.markdown() for found in ablation_tables(table))
-        head = f"Weights: sha256 {sha256_of(weights)[:16]}. Differences in hundredths."
+        objects = max(row["objects"] for row in rows)
+        head = (
+            f"Weights `{sha256_of(weights)[:12]}`, {len(records)} cases with up to {objects} "
+            "objects each; means over the rounds; differences to off in hundredths."
+        )
         (options.out / "ablation.md").write_text(f"{head}\n\n{text}", encoding="utf-8")
         write_report(options.out / "report.html", list_runs(options.out), {})
+        if options.document is not None:
+            replace_marked(options.document, BEGIN, END, f"{head}\n\n{digest(table)}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

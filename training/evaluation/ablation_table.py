@@ -145,6 +145,42 @@ def ablation_tables(table: Sequence[Mapping[str, Any]]) -> list[Table]:
     return tables
 
 
+def digest(table: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown for a README: a table a noise, DSC by modality and the mean NSD.
+
+    Differences are bold where their interval leaves 0 out; the paper's chain and the rules have
+    their intervals.
+    """
+    parts = []
+    for level in dict.fromkeys(float(row["noise"]) for row in table):
+        rows = {
+            (str(row["variant"]), str(row["modality"]), str(row["metric"])): row
+            for row in table
+            if float(row["noise"]) == level and row["round"] == ALL_ROUNDS
+        }
+        modalities = list(dict.fromkeys(modality for _, modality, _ in rows))
+        columns = [*((modality, "DSC") for modality in modalities), (ALL_MODALITIES, "NSD")]
+        heads = [f"{name} ({rows[OFF, name, metric]['cases']})" for name, metric in columns]
+        quality = "The network as it is" if not level else f"Noise {level:g} on its logits"
+        lines = [
+            f"| {quality}: DSC | {' | '.join(heads[:-2])} | mean | mean NSD |",
+            "|---|" + "--:|" * len(columns),
+        ]
+        for variant in dict.fromkeys(name for name, *_ in rows):
+            cells = (_short_cell(rows[variant, *column]) for column in columns)
+            lines.append(f"| {variant} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _short_cell(row: Mapping[str, Any]) -> str:
+    if row["variant"] == OFF:
+        return f"{float(row['mean']):.3f}"
+    gain, low, high = (100 * float(row[key]) for key in ("gain", "ci95_low", "ci95_high"))
+    text = f"**{gain:+.2f}**" if low > 0 or high < 0 else f"{gain:+.2f}"
+    return f"{text} [{low:+.2f}, {high:+.2f}]" if row["variant"] in ("paper", AUTO) else text
+
+
 def _table(title: str, rows: Sequence[Mapping[str, Any]], across: str) -> Table:
     """A row a variant, a column a value of ``across``."""
     cells = {(str(row["variant"]), str(row[across])): row for row in rows}

@@ -19,6 +19,7 @@ from training.evaluation.ablation_table import (
     ALL_MODALITIES,
     ALL_ROUNDS,
     ablation_tables,
+    digest,
     is_earned,
     summarise_ablation,
 )
@@ -203,6 +204,11 @@ def test_differences_are_paired_by_case():
     assert f"| auto | {' | '.join(gains)} |" in by_modality
     assert "|  | box (4) | click 5 (4) | all rounds (4) |" in by_round
     assert f"| auto | {' | '.join([gains[2]] * 3)} |" in by_round
+    short = digest(found)
+    assert "The network as it is: DSC | CT (2) | PET (2) | mean | mean NSD |" in short
+    assert "| only small | +0.00 | +0.00 | +0.00 | +0.00 |" in short
+    bold = ["**+1.00** [+1.00, +1.00]", "**+3.00** [+3.00, +3.00]", "**+2.00** [+2.00, +2.00]"]
+    assert f"| auto | {' | '.join(bold)} | **+1.00** [+1.00, +1.00] |" in short
 
 
 def test_rules_have_to_earn_their_place():
@@ -220,6 +226,9 @@ def test_the_command_writes_its_tables_and_reuses_its_records(
     arguments = ["--cases", str(folder), "--cache", str(tmp_path / "cache")]
     arguments += ["--out", str(tmp_path / "out"), "--weights", str(weights)]
     arguments += ["--rounds", "0", "1", "--noise", "0", "3", "--objects", "2"]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before\n{ablation.BEGIN}\nold\n{ablation.END}\nafter\n", encoding="utf-8")
+    arguments += ["--document", str(readme)]
     assert ablation.main(arguments) == 0
     first = capsys.readouterr().out
     assert "1/2 CT_set_3.npz: 2 objects" in first
@@ -227,6 +236,12 @@ def test_the_command_writes_its_tables_and_reuses_its_records(
     assert len(scores) == 1 + 2 * 2 * 2 * len(VARIANTS)
     text = (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8")
     assert text.count("| paper without holes |") == 2 * 2 * 2  # noise, metric, across
+    document = readme.read_text(encoding="utf-8")
+    assert document.startswith("Before\n<!-- ablation: begin")
+    assert document.endswith("<!-- ablation: end -->\nafter\n")
+    assert "old" not in document
+    assert "2 cases with up to 2 objects each" in document
+    assert document.count("| paper without holes |") == 2
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("<td>paper without holes</td>") == 2 * 2 * 2
 

@@ -1,0 +1,22 @@
+"""Measured figures in a Markdown file: what lies between two marker comments is written anew."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def replace_marked(path: Path, begin: str, end: str, markdown: str) -> None:
+    """Put Markdown between two markers; the rest of the file stays as it is.
+
+    Raises:
+        ValueError: the file has not exactly one pair of markers.
+        OSError: it cannot be read or written.
+    """
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended or begin in after or end in after or end in before:
+        raise ValueError(f"{path}: accepted: one line '{begin}' and after it one line '{end}'")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary.write_text(f"{before}{begin}\n\n{markdown}\n\n{end}{after}", encoding="utf-8")
+    temporary.replace(path)
