@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 import sys
 import time
@@ -248,13 +249,15 @@ def _connect(options: argparse.Namespace) -> None:
         raise StartError(f"{error}; pip install -r inference/cluster-requirements.txt") from error
     local: dict[str, Any] = {}
     if options.address is None:
+        # A secret of this run's: Ray would keep one in the home folder, which may be read-only.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
         local = {
             "num_cpus": options.workers * options.cpus_per_worker,
             "include_dashboard": False,
         }
     try:
         ray.init(address=options.address, log_to_driver=False, logging_level="error", **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise StartError(f"Ray: {' '.join(str(error).split())}") from error
 
 
