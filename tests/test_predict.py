@@ -72,11 +72,14 @@ def stand_in(monkeypatch) -> StandIn:
 
 @pytest.fixture
 def run(tmp_path: Path, capfd):
-    """Runs main() on tmp_path/in and tmp_path/out; gives status, stdout lines, stderr lines."""
+    """Runs main() on tmp_path/in and tmp_path/out; gives status, stdout lines, stderr lines.
+
+    Without post-processing unless the arguments ask for it: what the stand-in draws is no object.
+    """
 
     def run(*arguments: str) -> tuple[int, list[str], list[str]]:
         folders = ["--inputs", str(tmp_path / "in"), "--outputs", str(tmp_path / "out")]
-        status = predict.main([*folders, *arguments])
+        status = predict.main([*folders, "--postprocess", "off", *arguments])
         captured = capfd.readouterr()
         return status, captured.out.splitlines(), captured.err.splitlines()
 
@@ -245,7 +248,7 @@ def test_command_line_and_finisher_agree_on_the_kinds_of_postprocessing():
     assert action.default == DEFAULT == Finisher().postprocess
 
 
-def test_postprocessing_is_off_unless_asked_for(stand_in, run, tmp_path):
+def test_the_papers_steps_on_demand(stand_in, run, tmp_path):
     write_case(tmp_path / "in", "CT_a.npz", imgs=np.zeros((2, 4, 4), np.uint8))
     run()
     assert np.count_nonzero(segmentation(tmp_path / "out" / "CT_a.npz")) == 32
