@@ -144,7 +144,7 @@ class WindowDataset:
         elif plan.kind == "shape":
             labels, mask = random_shape(image, chance)
             image = paint(labels, chance)
-        changed = (*("gamma", "inversion", "low_resolution", "blur", "shading", "noise"),)
+        changed = ("gamma", "inversion", "low_resolution", "blur", "shading", "noise")
         if any(getattr(self._config, name) for name in changed):
             image = change_intensities(image, self._config, chance)
         return image, mask

@@ -32,13 +32,17 @@ class World:
         """Whether this is the process that logs and saves."""
         return self.rank == 0
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """The network, averaging its gradients over all processes."""
+    def wrap(self, network: nn.Module, unused: bool = False) -> nn.Module:
+        """The network, averaging its gradients over all processes.
+
+        Args:
+            network: on this process's device.
+            unused: whether some parameters are without gradient in some steps.
+        """
         if self.size == 1:
             return network
-        # SAM-Med3D leaves some parameters without gradient in some steps (no points, no box).
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids, find_unused_parameters=True)
+        return DistributedDataParallel(network, device_ids=ids, find_unused_parameters=unused)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, on the host."""
@@ -56,13 +60,13 @@ class World:
         distributed.gather_object(value, found if self.first else None)
         return found
 
-    def agree(self, flag: bool) -> bool:
-        """The first process's flag, in every process."""
+    def from_first(self, value: float) -> float:
+        """The first process's number, in every process: clocks differ."""
         if self.size == 1:
-            return flag
-        said = torch.tensor([int(flag)], device=self.device)
+            return value
+        said = torch.tensor([value], dtype=torch.float64, device=self.device)
         distributed.broadcast(said, 0)
-        return bool(said.item())
+        return float(said.item())
 
     def wait(self) -> None:
         """Wait until every process is here."""

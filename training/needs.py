@@ -31,7 +31,7 @@ from training.checkpoint import build_network
 from training.config import Config
 from training.dataset import WindowDataset
 from training.trainer import Trainer
-from training.volumes import load_folder
+from training.volumes import LabelledVolume, load_folder
 
 Shape = tuple[int, ...]
 
@@ -72,7 +72,7 @@ class Step:
     peak_gb: float
 
 
-def measure_step(config: Config, data: Path, batch: int) -> Step:
+def measure_step(config: Config, volumes: Sequence[LabelledVolume], batch: int) -> Step:
     """Take one optimiser step of ``batch`` windows without accumulation, on the CPU.
 
     Raises:
@@ -80,7 +80,7 @@ def measure_step(config: Config, data: Path, batch: int) -> Step:
     """
     config = dataclasses.replace(config, batch=batch, accumulate=1)
     torch.manual_seed(config.seed)
-    dataset = WindowDataset(load_folder(data), config)
+    dataset = WindowDataset(volumes, config)
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(build_network(config), dataset, config, Path(out))
         counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
@@ -116,7 +116,7 @@ def report(config: Config, one: Step, two: Step, objects: int, tflops: float) ->
     total = steps * step
     flops = one.flops / one.windows
     days = total * flops / (tflops * 1e12) / 86400
-    own = total * one.cpu_seconds / one.windows / 86400
+    own = total * two.cpu_seconds / two.windows / 86400  # the first step also warms up
     return "\n".join(
         [
             f"measured here, {torch.get_num_threads()} threads:",
@@ -129,8 +129,8 @@ def report(config: Config, one: Step, two: Step, objects: int, tflops: float) ->
             f"full size, batch {config.batch} x {config.accumulate}, {steps} steps of {step} "
             f"windows ({objects} objects an epoch):",
             f"  memory {fixed + config.batch * window:.1f} GB, as measured (no checkpointing)",
-            f"  {total * flops / 1e18:.2f} EFLOP: {days:.2f} days at {tflops:g} TFLOP/s sustained, "
-            f"{own:.0f} days on one core of this machine",
+            f"  {total * flops / 1e18:.2f} EFLOP: {days:.2g} days at {tflops:g} TFLOP/s sustained "
+            f"and nothing else in the way, {own:.0f} days on one core of this machine",
         ]
     )
 
@@ -151,8 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         config = Config.load(options.config, options.set)
-        objects = options.objects or sum(len(v.objects) for v in load_folder(options.data))
-        one, two = (measure_step(config, options.data, batch) for batch in (1, 2))
+        volumes = load_folder(options.data)
+        objects = options.objects or sum(len(v.objects) for v in volumes)
+        one, two = (measure_step(config, volumes, batch) for batch in (1, 2))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

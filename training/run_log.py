@@ -43,10 +43,13 @@ class RunLog:
             writer.writerow([*COLUMNS, *(f"dice_{i}" for i in range(rounds))])
             writer.writerows([_cell(v) for v in row.values()] for row in kept)
         self._events = _event_writer(folder, step) if tensorboard else None
+        self._by_round: dict[str, str] = {}
 
     def step(self, loss: float, dice: float) -> None:
-        """Move the progress bar by a step."""
-        self._bar.set_postfix(loss=f"{loss:.3f}", dice=f"{dice:.3f}", refresh=False)
+        """Move the progress bar by a step; Dice by round is that of the last line."""
+        self._bar.set_postfix(
+            loss=f"{loss:.3f}", dice=f"{dice:.3f}", **self._by_round, refresh=False
+        )
         self._bar.update()
 
     def line(self, values: Mapping[str, float], table: Mapping[str, float]) -> None:
@@ -57,6 +60,7 @@ class RunLog:
             table: of ``Scores.table``.
         """
         rounds = [table.get(f"round {i}", math.nan) for i in range(self._rounds)]
+        self._by_round = {"rounds": " ".join(f"{v:.2f}" for v in rounds if math.isfinite(v))}
         with self._path.open("a", encoding="utf-8", newline="") as file:
             cells = [*(values[name] for name in COLUMNS), *rounds]
             csv.writer(file).writerow([_cell(v) for v in cells])

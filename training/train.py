@@ -15,6 +15,7 @@ import yaml
 
 from training.checkpoint import build_network
 from training.config import Config
+from training.coreset import read_case_list
 from training.dataset import WindowDataset
 from training.distributed import World, joined
 from training.initial_weights import initialise
@@ -69,11 +70,7 @@ def _train(options: argparse.Namespace, config: Config, world: World) -> None:
         fresh = initialise(model, init, options.new)
         if fresh:
             say(f"{len(fresh)} parameters start at random: {', '.join(fresh)}")
-    cases = None
-    if options.cases:
-        from training.coreset import read_case_list
-
-        cases = read_case_list(options.cases)
+    cases = read_case_list(options.cases) if options.cases else None
     volumes = load_folder(options.data, cases)
     if options.label_maps:
         volumes += load_folder(options.label_maps)

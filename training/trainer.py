@@ -73,7 +73,8 @@ class Trainer:
             self._rounds = RefinerRounds(network, dataset, config, slots, total)
             shown = (config.rounds + 1) / 2  # rounds of an object, on average
         else:
-            network = self._world.wrap(SamInteraction(model, config))
+            # Without points or without a box, some embeddings are not asked.
+            network = self._world.wrap(SamInteraction(model, config), unused=True)
             self._rounds = SamRounds(network, dataset, config, slots, total)
             shown = 1
         self._network = network
@@ -115,19 +116,19 @@ class Trainer:
         log = None
         if world.first:
             log = RunLog(self._out, config.rounds, self.step, self.steps, config.tensorboard)
-        begun, before, saved = time.monotonic(), self.minutes, time.monotonic()
+        begun, before, saved = time.monotonic(), self.minutes, self.minutes
         last = math.inf if max_steps is None else self.step + max_steps
         try:
-            while world.agree(self.progress < 1) and self.step < last:
-                self._take_step()
-                self.minutes = before + (time.monotonic() - begun) / 60
+            while self.progress < 1 and self.step < last:
+                self.take_step()
+                self.minutes = world.from_first(before + (time.monotonic() - begun) / 60)
                 if log is not None:
                     log.step(self._losses[-1] if self._losses else math.nan, self._mean_dice())
                 if self.step % config.log_steps == 0:
                     self._write(log)
-                if world.agree(time.monotonic() - saved >= 60 * config.checkpoint_minutes):
+                if self.minutes - saved >= config.checkpoint_minutes:
                     self.save()
-                    saved = time.monotonic()
+                    saved = self.minutes
             if self.step % config.log_steps:
                 self._write(log)
             self.save()
@@ -135,7 +136,7 @@ class Trainer:
             if log is not None:
                 log.close()
 
-    def _take_step(self) -> None:
+    def take_step(self) -> None:
         """One optimiser step, left out where loss or gradient are not finite."""
         config = self.config
         self._rate = self._optimisation.prepare(self.step, self.progress, self.epoch)

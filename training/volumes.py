@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -258,7 +258,9 @@ def _pyramid(volume: LabelledVolume) -> list[tuple[Tensor | None, Tensor, Triple
     return levels
 
 
-def _halve(volume: Tensor, axes: Sequence[int], combine: object) -> Tensor:
+def _halve(
+    volume: Tensor, axes: Sequence[int], combine: Callable[[Sequence[Tensor]], Tensor]
+) -> Tensor:
     """(D, H, W) with some axes at half the resolution; odd ones are completed by their edge."""
     for axis in axes:
         if volume.shape[axis] % 2:
@@ -267,7 +269,7 @@ def _halve(volume: Tensor, axes: Sequence[int], combine: object) -> Tensor:
     for axis in axes:
         index = (slice(None),) * axis
         parts = [p[(*index, slice(i, None, 2))] for p in parts for i in (0, 1)]
-    return combine(parts)  # type: ignore[operator, no-any-return]
+    return combine(parts)
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

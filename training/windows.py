@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -130,7 +130,10 @@ def _places(
 
 
 def _interpolate(
-    read: object, index: Tensor, steps: Sequence[Tensor], weight: Sequence[Tensor]
+    read: Callable[[Tensor], Tensor],
+    index: Tensor,
+    steps: Sequence[Tensor],
+    weight: Sequence[Tensor],
 ) -> Tensor:
     """Trilinear interpolation of what ``read`` finds at the eight corners of each place."""
     z, y, x = weight
@@ -139,7 +142,7 @@ def _interpolate(
         rows = []
         for j in (0, 1):
             start = index + (i * steps[0] + j * steps[1])
-            first, second = read(start), read(start.add_(steps[2]))  # type: ignore[operator]
+            first, second = read(start), read(start.add_(steps[2]))
             rows.append(first.lerp_(second, x))
         layers.append(rows[0].lerp_(rows[1], y))
     result: Tensor = layers[0].lerp_(layers[1], z)

@@ -39,7 +39,7 @@ def test_the_reckoning() -> None:
     assert "so 2.50 GB anyway and 0.50 GB a window" in said
     assert "240 steps of 24 windows" in said
     assert "memory 8.5 GB" in said
-    assert f"0.06 EFLOP: {576 / 86400:.2f} days at 100 TFLOP/s" in said
+    assert f"0.06 EFLOP: {576 / 86400:.2g} days at 100 TFLOP/s" in said
     assert f"{240 * 24 * 15 / 86400:.0f} days on one core" in said
 
 

@@ -20,8 +20,7 @@ from training.evaluation.results import read_csv
 
 #: Appended for the test only: a run of seconds instead of half an hour.
 SHORTER = {
-    "training.train": "--max-steps 2 --set batch=2 windows=[[0.0,16]] tensorboard=false "
-    "--device cpu --threads 1",
+    "training.train": "--max-steps 2 --set batch=2 tensorboard=false --device cpu --threads 1",
     "training.evaluation.evaluate": "--device cpu --no-report",
 }
 

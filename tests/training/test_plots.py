@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from training.plots import draw, main, rate_steps
-from training.run_log import RunLog, read_log
+from training.run_log import COLUMNS, RunLog, read_log
 
 
 def _log(folder: Path, rates: list[float]) -> None:
@@ -44,6 +46,24 @@ def test_a_run_that_goes_on_drops_later_lines(tmp_path: Path) -> None:
     lines = read_log(tmp_path / "log.csv")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0]["dice_0"] == 0.4 and np.isnan(lines[0]["dice_1"])
+
+
+def test_the_progress_bar_shows_loss_dice_by_round_and_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    log = RunLog(tmp_path, rounds=2, step=0, total=4)
+    values = dict.fromkeys(COLUMNS, 1.0)
+    log.line(values, {"dice": 0.5, "round 0": 0.4, "round 1": 0.6})
+    for _ in range(3):
+        time.sleep(0.11)
+        log.step(0.25, 0.5)
+    log.close()
+    said = terminal.getvalue().split("\r")[-1]
+    assert "3/4" in said and "dice=0.500, loss=0.250, rounds=0.40 0.60" in said
+    assert "<00:00" in said, "seconds left"
 
 
 def test_tensorboards_files_hold_the_same(tmp_path: Path) -> None:
