@@ -413,8 +413,10 @@ def test_help_and_wrong_arguments_load_nothing_heavy():
 
 # A process of its own with the stand-in below: what a kill leaves behind.
 PROCESS = """
-    import sys, time, types
+    import signal, sys, time, types
     import numpy as np
+    # Who starts the tests in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     class Segmenter:
         used_device = types.SimpleNamespace(type="cpu")
