@@ -44,7 +44,10 @@ Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 _SHAPE_TRUST = 5.0
 #: Log-odds added everywhere then: before the first click masks are too small (fitted likewise).
 _BOX_ALONE = 0.7
-_SHAPE = CHANNELS.index("ellipsoid")
+#: Log-odds that an object without a box gets in its previous mask, and loses around it (fitted
+#: likewise): what a click does not speak of should stay.
+_MASK_TRUST = 1.0
+_SHAPE, _MASK = CHANNELS.index("ellipsoid"), CHANNELS.index("previous_mask")
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
 _TILE = 128  # cells, edge of a window of the second pass
@@ -279,12 +282,15 @@ class Segmenter:
         prompts = [window_prompts(look.prompts, look.window) for look in looks]
         channels = refiner_channels(images, prompts, masks, known, coarse)
         logits = self._network(refiner, channels)
-        trust = [
-            _SHAPE_TRUST * (look.prompts.box is not None and not mask)
-            for look, mask in zip(looks, known, strict=True)
-        ]
-        weights = torch.tensor(trust, device=logits.device)[:, None, None, None]
-        return logits + weights * channels[:, _SHAPE]
+        boxed = [look.prompts.box is not None for look in looks]
+        trust = torch.tensor(
+            [
+                [_SHAPE_TRUST * (box and not mask) for box, mask in zip(boxed, known, strict=True)],
+                [_MASK_TRUST * (not box) for box in boxed],
+            ],
+            device=logits.device,
+        )[..., None, None, None]
+        return logits + trust[0] * channels[:, _SHAPE] + trust[1] * channels[:, _MASK]
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
         """(B, 9, D, H, W) -> (B, D, H, W) float32 logits."""
