@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         objects = max(row["objects"] for row in rows)
         head = (
             f"Weights `{sha256_of(weights)[:12]}`, {len(records)} cases with up to {objects} "
-            "objects each; means over the rounds; differences to off in hundredths."
+            "objects each; means over\nthe rounds; differences to off in hundredths."
         )
         (options.out / "ablation.md").write_text(f"{head}\n\n{text}", encoding="utf-8")
         write_report(options.out / "report.html", list_runs(options.out), {})
