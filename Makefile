@@ -8,6 +8,8 @@
 #   make image [TORCH=cpu]                    build the container image (cpu: small, no GPU)
 #   make image-test [QUICK=yes]               build it and test it; quick: without the minutes
 #   make export                               build it and save it as tar.gz, with its SHA-256
+# Threads that wait sleep, as in predict.sh: the tests share their machine with others.
+export OMP_WAIT_POLICY ?= passive
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
