@@ -60,8 +60,8 @@ def test_whoever_wins_has_the_mask_and_clicks_have_their_way(scene, data):
     clicks = [(Click(place, True),) for place in places]
     results = [honour_clicks(r, clicks[r.label - 1]) for r in results]
     case = case_of(shape, clicks)
-    by_label = Finisher(label_priority=True)(results, case)
-    by_probability = Finisher()(results, case)
+    by_label = Finisher("off", label_priority=True)(results, case)
+    by_probability = Finisher("off")(results, case)
     assert np.array_equal(by_probability, merge(results, shape))
     claims = np.zeros((4, *shape), bool)
     for result in results:
@@ -78,7 +78,7 @@ def test_whoever_wins_has_the_mask_and_clicks_have_their_way(scene, data):
 
 def test_of_equal_logits_the_lower_label_wins():
     same = [ObjectLogits(label, (0, 0, 0), np.ones((2, 2, 2), np.float32)) for label in (1, 2)]
-    assert (Finisher()(same, case_of((2, 2, 2))) == 1).all()
+    assert (Finisher("off")(same, case_of((2, 2, 2))) == 1).all()
 
 
 def test_rules_reach_the_label_map(monkeypatch, tmp_path):
@@ -90,7 +90,7 @@ def test_rules_reach_the_label_map(monkeypatch, tmp_path):
     logits[7, 7, 7] = 1
     result = ObjectLogits(1, (0, 0, 0), logits)
     case = case_of((9, 9, 9), count=1)
-    assert np.count_nonzero(Finisher()([result], case)) == 65
+    assert np.count_nonzero(Finisher("off")([result], case)) == 65
     assert np.count_nonzero(Finisher("auto")([result], case)) == 64
 
 
