@@ -20,12 +20,12 @@ from training.run_log import read_log
 from training.train import main
 
 STEPS = 20
+CLOSE = 1e-5
 
 
 def _command(tmp_path: Path, name: str, **values: Any) -> list[str]:
-    settings = config(
-        steps=STEPS, log_steps=5, lr=1e-3, warmup_steps=0, checkpoint_minutes=0.0, **values
-    )
+    common = {"steps": STEPS, "log_steps": 5, "warmup_steps": 0, "checkpoint_minutes": 0.0}
+    settings = config(**common, **values)
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings.to_dict()), encoding="utf-8")
     paths = ["--config", path, "--data", tmp_path, "--out", tmp_path / name]
@@ -55,12 +55,14 @@ def _workers(parent: int) -> list[int]:
     return found
 
 
-SAM = {"network": "sam_med3d", "sam": TINY_SAM, "rounds": 3, "pointless_rounds": 1}
+REFINER = {"accumulate": 2, "hard": 1.0, "lr": 1e-3}
+# Adam makes steps as long as the rate out of the rounding of gradients that are zero.
+SAM = {"network": "sam_med3d", "sam": TINY_SAM, "rounds": 3, "pointless_rounds": 1, "lr": 1e-4}
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds its processes in /proc")
 @pytest.mark.parametrize(
-    ("values", "killed"), [({"accumulate": 2, "hard": 1.0}, True), (SAM, False)]
+    ("values", "killed"), [(REFINER, True), (SAM, False)], ids=["refiner-killed", "sam"]
 )
 def test_two_processes_equal_one_of_twice_the_batch(
     tmp_path: Path, one_thread: None, values: dict[str, Any], killed: bool
@@ -88,9 +90,9 @@ def test_two_processes_equal_one_of_twice_the_batch(
     start = build_network(config(**values)).state_dict()
     moved = 0.0
     for name, value in alone["model"].items():
-        torch.testing.assert_close(both["model"][name], value, rtol=0, atol=1e-5)
+        torch.testing.assert_close(both["model"][name], value, rtol=0, atol=CLOSE, msg=name)
         moved = max(moved, float((value - start[name]).abs().max()))
-    assert moved > 1e-3, "weights that hardly moved would prove nothing"
+    assert moved > 50 * CLOSE, "weights that hardly moved would prove nothing"
     lines = [read_log(tmp_path / name / "log.csv") for name in ("one", "two")]
     assert [line["step"] for line in lines[1]] == [5, 10, 15, 20]
     last = [line[-1] for line in lines]

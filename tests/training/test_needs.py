@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.training.balls import TINY_SAM, config, write_balls
 from training.needs import _ON_CPU, Step, main, report
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tensors here are too small for two
+
 SAM = {"network": "sam_med3d", "sam": TINY_SAM, "rounds": 2}
 
 

@@ -25,6 +25,8 @@ from training.train import main
 from training.trainer import Trainer
 from training.volumes import load_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tensors here are too small for two
+
 SAM: dict[str, Any] = {
     "network": "sam_med3d",
     "sam": TINY_SAM,
@@ -72,7 +74,7 @@ def test_a_short_run_learns(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [{"accumulate": 2, "hard": 1.0}, SAM], ids=["refiner", "sam"])
 def test_an_interrupted_run_gives_the_same_weights(
-    folder: Path, tmp_path: Path, values: dict[str, Any], one_thread: None
+    folder: Path, tmp_path: Path, values: dict[str, Any]
 ) -> None:
     whole = _trainer(folder, tmp_path / "whole", **values)
     whole.run()
@@ -84,9 +86,7 @@ def test_an_interrupted_run_gives_the_same_weights(
     _assert_equal(_weights(tmp_path / "whole"), _weights(tmp_path / "parts"))
 
 
-def test_a_killed_run_gives_the_same_weights(
-    folder: Path, tmp_path: Path, one_thread: None
-) -> None:
+def test_a_killed_run_gives_the_same_weights(folder: Path, tmp_path: Path) -> None:
     settings = config(steps=30, log_steps=2, checkpoint_minutes=0.0)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings.to_dict()), encoding="utf-8")
 

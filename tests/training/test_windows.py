@@ -19,6 +19,8 @@ from training.plan import Plan, Planner
 from training.volumes import LabelledVolume, VolumeStore, load_folder
 from training.windows import choose_level, cut_windows
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tensors here are too small for two
+
 STILL = {"warp": 0.0, "permute": 0.0, "flip": 0.0, "synthetic": 0.0}
 
 
