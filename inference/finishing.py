@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: off: masks as the network draws them; paper: the paper's five steps; auto: the fitted policy.
 POSTPROCESSING = ("off", "paper", "auto")
-DEFAULT = "off"
+DEFAULT = "auto"
 
 
 @dataclass

@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--postprocess",
         choices=("off", "paper", "auto"),
-        default="off",
+        default="auto",
         help="paper: the five steps of the paper, which know nothing of clicks; auto: steps that "
         "suit the object, by a table of rules (default: %(default)s)",
     )
