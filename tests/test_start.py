@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -39,3 +40,21 @@ print(*sorted(set({DEAR}) & (set(sys.modules) - before)))
         check=True,
     )
     assert done.stdout.split() == []
+
+
+def test_help_and_wrong_arguments_load_nothing_heavy() -> None:
+    code = """
+        import sys
+        from inference.predict import main
+        for arguments in (["--help"], ["--threads", "0"]):
+            try:
+                main(arguments)
+            except SystemExit:
+                pass
+        print(*sorted({"numpy", "scipy", "torch", "cc3d"} & set(sys.modules)), file=sys.stderr)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert "--inputs" in done.stdout
+    assert done.stderr.splitlines()[-1] == ""
