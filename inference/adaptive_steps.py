@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import cc3d
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from inference.case import ObjectPrompts
 from inference.geometry import Triple
@@ -202,6 +201,8 @@ def _gaps(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask:
 
 def _smooth(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask:
     """Blur probabilities; the standard deviation is ``amount`` times the object's diameter."""
+    from scipy import ndimage  # a fifth of a second that few objects are worth
+
     sigma = region.reach(amount, mask)
     blurred = ndimage.gaussian_filter(
         _probability(logits), sigma, mode="nearest", truncate=_MASS_BEYOND
