@@ -241,6 +241,7 @@ def _guard(before: Mask, after: Mask, region: Region) -> None:
             own = components == components[anchor]
             if not (after & own).any():
                 after |= own
+            after[anchor] = True  # a later step may find the component grown together with others
     if not region.negative or not (after & ~before).any():
         return
     background, count = cc3d.connected_components(

@@ -81,13 +81,13 @@ def first_windows(
     volume: Triple,
     spacing_mm: tuple[float, float, float],
     shape: Triple,
+    looks: Sequence[float] = FIRST_LOOKS,
 ) -> list[Window]:
     """The windows an object is first looked for in.
 
     With a box: 1.8 x the box. Without one: 1.8 x the previous mask. Where there is none either the
-    size of the object is unknown: cubes about the clicks, their edges the shares of
-    :data:`FIRST_LOOKS` of the volume's longest edge in millimetres. All clicks and the previous
-    mask lie inside.
+    size of the object is unknown: cubes about the clicks, one for each of ``looks``. All clicks and
+    the previous mask lie inside.
 
     Args:
         prompts: of the object; not empty.
@@ -95,6 +95,7 @@ def first_windows(
         volume: size of the volume.
         spacing_mm: (z, y, x).
         shape: cells of a window.
+        looks: edges of cubes in longest edges of the volume, in millimetres.
     """
     points = [(click.position, tuple(p + 1 for p in click.position)) for click in prompts.clicks]
     positive = [p for p, c in zip(points, prompts.clicks, strict=True) if c.positive]
@@ -107,7 +108,7 @@ def first_windows(
         low, high = hull(positive or points)
         longest = max(n * s for n, s in zip(volume, spacing_mm, strict=True))
         windows = []
-        for share in FIRST_LOOKS:
+        for share in looks:
             half = [share * longest / s / 2 for s in spacing_mm]
             low_edges = [a - h for a, h in zip(low, half, strict=True)]
             high_edges = [b + h for b, h in zip(high, half, strict=True)]

@@ -123,6 +123,14 @@ def test_all_steps_together_honour_clicks_and_anchors(scene, amounts):
         assert ((logits > 0) & component).any()
 
 
+def test_the_box_centre_stays_where_closing_joins_it_to_more_and_smoothing_takes_it():
+    logits = np.array([[[0.1, -2, 2.1], [-2, -2, 1.26]]], np.float32)
+    region = Region((1.0, 1.0, 1.0), (), (), centre=(0, 0, 0), slices=(0, 1))
+    for step, amount in zip(STEPS, [0.01] * 4 + [0.3] * 2, strict=True):
+        logits = apply_step(step, logits, region, amount)
+    assert logits[0, 0, 0] > 0
+
+
 @settings(max_examples=80)
 @given(scenes(), st.floats(0.02, 0.25))
 def test_what_is_thinner_than_the_kernel_is_never_smoothed_away(scene, amount):

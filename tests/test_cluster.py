@@ -64,8 +64,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
     (outputs / "CT_done.npz").write_bytes(b"of an earlier run")
     arguments = ["--inputs", str(inputs), "--outputs", str(outputs), "--workers", "2"]
     arguments += ["--skip-existing", "--attempts", "2"]
-    code = (
-        f"import sys, faulty, inference.cluster as c; sys.exit(c.main({arguments}, faulty.Faulty))"
+    code = (  # patient, however busy the machine is
+        "import sys, faulty, inference.cluster as c; c._PATIENCE_S = 600; "
+        f"sys.exit(c.main({arguments}, faulty.Faulty))"
     )
     path = os.pathsep.join([str(CHECKOUT), str(folder), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -145,7 +145,7 @@ def test_figures_are_those_of_the_evaluation(
     assert text.startswith(f"# Mine\n\nBefore.\n\n{BEGIN}\n\n`w.safetensors`, ")
     assert text.endswith(f"\n\n{END}\n\nAfter.\n")
     assert "old figures" not in text and sha256_of(weights) in text
-    assert "**With boxes.** 2 cases; post-processing: off." in text
+    assert "**With boxes.** 2 cases; post-processing: auto." in text
     assert "7 steps, 14 windows, 0 minutes" in text
 
     printed = {}
@@ -181,7 +181,7 @@ def test_a_card_is_begun_where_there_is_none(
     words = ["--weights", weights, "--card", card, "--figures", summary]
     assert model_card([str(word) for word in words]) == 0
     assert card.read_text(encoding="utf-8").startswith("# Weights: `w.safetensors`\n")
-    assert "\n2 cases; post-processing: off" in card.read_text(encoding="utf-8")
+    assert "\n2 cases; post-processing: auto" in card.read_text(encoding="utf-8")
 
 
 def test_figures_of_sam_med3d_alone(

@@ -24,6 +24,8 @@ from inference.segmenter import to_voxels, window_prompts
 
 # Radius of an object that is known by a click alone, as a fraction of the volume's edges.
 _UNBOXED_RADIUS = 0.1
+# Window about such an object, in longest edges of the volume.
+_UNBOXED_EDGE = 0.5
 # Share of the ellipsoid in the box that is taken for granted where seeds are needed.
 _SEED_RADIUS = 0.5
 _SEED_CELLS = 2.5  # radius of a click; a random walker escapes from a single cell
@@ -168,8 +170,7 @@ def _object_by_object(case: Case, edge: int, log_odds: Callable[[_View], Tensor]
         previous, before = None, None
         if prompts.box is None and case.previous is not None:
             before = bounding_box(case.previous == prompts.label)
-        windows = first_windows(prompts, before, shape, case.spacing_mm, cells)
-        window = windows[len(windows) // 2]  # of several sizes, where nothing tells, a middle one
+        (window,) = first_windows(prompts, before, shape, case.spacing_mm, cells, [_UNBOXED_EDGE])
         if before is not None and case.previous is not None:
             mask = (window.crop(case.previous) == prompts.label).astype(np.uint8)
             previous = resample(to_tensor(mask), cells)[0]
