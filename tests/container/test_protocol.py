@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from inference.finishing import Finisher
 from inference.segmenter import Segmenter
 from tests.container.conftest import inside
 from training.evaluation.labelled_case import load_labelled_case
@@ -39,7 +40,8 @@ def test_the_image_scores_as_this_process_does(
 ) -> None:
     case = load_labelled_case(shared_data / "val" / f"{name}.npz", boxes=boxes)
     segmenter = Segmenter.from_files(device="cpu")
-    here, labels_here = run_case(case, InProcess(segmenter.segment_case))
+    finish = Finisher()
+    here, labels_here = run_case(case, InProcess(lambda case: segmenter.segment_case(case, finish)))
     there, labels_there = run_case(case, Image(image, gpu=False))
     assert all(held is None or held.error is None for held in there.rounds)
     assert there.clicks == here.clicks
