@@ -195,7 +195,7 @@ def _gaps(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask:
     if not z + y + x:
         return mask
     padded = np.pad(mask, [(z, z), (y, y), (x, x)])  # closing never takes a voxel away
-    closed = ~_dilated(~_dilated(padded, (z, y, x)), (z, y, x))
+    closed = ~dilated(~dilated(padded, (z, y, x)), (z, y, x))
     return closed[z : z + mask.shape[0], y : y + mask.shape[1], x : x + mask.shape[2]] | mask
 
 
@@ -211,7 +211,7 @@ def _smooth(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask:
     z, y, x = (round(_HALF_WIDTH * s) for s in sigma)
     if (mask & ~after).any():
         padded = np.pad(mask, [(z, z), (y, y), (x, x)], mode="edge")  # cut faces stay as they are
-        opened = _dilated(~_dilated(~padded, (z, y, x)), (z, y, x))
+        opened = dilated(~dilated(~padded, (z, y, x)), (z, y, x))
         size = mask.shape
         after |= mask & ~opened[z : z + size[0], y : y + size[1], x : x + size[2]]
     return after
@@ -277,8 +277,8 @@ def _enclosed(background: NDArray[np.unsignedinteger], count: int) -> NDArray[np
     return enclosed
 
 
-def _dilated(mask: Mask, reach: Triple) -> Mask:
-    """Dilation by a cuboid of ``reach`` voxels to every side, one axis after the other."""
+def dilated(mask: Mask, reach: Triple) -> Mask:
+    """Dilation of a (d, h, w) mask by a cuboid of ``reach`` voxels to every side, axis by axis."""
     for axis, steps in enumerate(reach):
         for _ in range(steps):
             before, after = [slice(None)] * 3, [slice(None)] * 3

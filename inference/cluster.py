@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from inference.predict import (
     load,
     make_parser,
     note_skipped,
+    run_program,
 )
 
 #: How long a case that one worker failed waits for another one to start, where all else is done:
@@ -268,8 +268,4 @@ def _disconnect() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    run_program(main)

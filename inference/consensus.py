@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.geometry import Triple
 from inference.refinement import ObjectLogits, hull
 
 #: Logit below which a look has nothing to say about a voxel.
@@ -34,19 +33,15 @@ def consensus(looks: Sequence[ObjectLogits]) -> ObjectLogits:
         chosen threshold. A single look's threshold is chosen, too.
     """
     label = looks[0].label
-    boxes = [(look.start, stop(look)) for look in looks if look.logits.size]
+    boxes = [(look.start, look.stop) for look in looks if look.logits.size]
     if not boxes:
         return ObjectLogits(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
     low, high = hull(boxes)
     mean = np.zeros([b - a for a, b in zip(low, high, strict=True)], np.float32)
     for look in looks:
-        z, y, x = (
-            slice(s - a, s - a + n)
-            for s, a, n in zip(look.start, low, look.logits.shape, strict=True)
-        )
         if look.logits.size:
             # The logistic function; SciPy's costs each start 0.2 s of imports.
-            mean[z, y, x] += (1 + np.tanh(look.logits / 2)) / 2
+            mean[look.place_in(low)] += (1 + np.tanh(look.logits / 2)) / 2
     mean /= len(looks)
     threshold = best_threshold(mean)
     np.clip(mean, 1e-6, 1 - 1e-6, out=mean)
@@ -71,9 +66,3 @@ def best_threshold(probability: NDArray[np.float32]) -> float:
     expected = 2 * probable / (taken + probable[0] + 1e-9)
     first, last = int(_LEAST * _BINS), _BINS // 2
     return float(first + expected[first : last + 1].argmax()) / _BINS
-
-
-def stop(look: ObjectLogits) -> Triple:
-    """End of a look's box of voxels."""
-    z, y, x = (a + n for a, n in zip(look.start, look.logits.shape, strict=True))
-    return z, y, x

@@ -28,6 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from inference.adaptive_steps import dilated
+
 MINIMUM_VOXELS = 64
 SIGMA_VOXELS = 0.8
 
@@ -166,21 +168,9 @@ def close_gaps(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     Done as a maximum and a minimum of three neighbours along one axis after the other.
     """
     _check(mask, "b")
-    dilated = _dilate(np.pad(mask, 1))
-    eroded = ~_dilate(~dilated)
+    cube = (1, 1, 1)
+    eroded = ~dilated(~dilated(np.pad(mask, 1), cube), cube)
     return eroded[1:-1, 1:-1, 1:-1]
-
-
-def _dilate(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    for axis in range(3):
-        before, after = [slice(None)] * 3, [slice(None)] * 3
-        before[axis], after[axis] = slice(None, -1), slice(1, None)
-        low, high = tuple(before), tuple(after)
-        dilated = mask.copy()
-        dilated[high] |= mask[low]
-        dilated[low] |= mask[high]
-        mask = dilated
-    return mask
 
 
 def smooth(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     import numpy as np
@@ -319,11 +319,18 @@ def _positive(text: str) -> int:
     return number
 
 
-if __name__ == "__main__":
-    # Python's own answer to SIGTERM ends the process where it stands; this one unwinds, so that
-    # temporary files are removed.
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run a command line and end the process with its status, or with 128 + a signal's number.
+
+    Python's own answer to SIGTERM ends the process where it stands; this one unwinds, so that
+    temporary files are removed.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    run_program(main)

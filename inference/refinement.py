@@ -41,9 +41,21 @@ class ObjectLogits:
     logits: NDArray[np.float32]
 
     @property
+    def stop(self) -> Triple:
+        """One past the last voxel of the box."""
+        z, y, x = (a + n for a, n in zip(self.start, self.logits.shape, strict=True))
+        return z, y, x
+
+    @property
     def place(self) -> tuple[slice, slice, slice]:
         """The box of voxels in the volume."""
-        z, y, x = (slice(a, a + n) for a, n in zip(self.start, self.logits.shape, strict=True))
+        return self.place_in((0, 0, 0))
+
+    def place_in(self, origin: Triple) -> tuple[slice, slice, slice]:
+        """The box of voxels in an array whose first voxel is ``origin`` of the volume."""
+        z, y, x = (
+            slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, origin, strict=True)
+        )
         return z, y, x
 
 
@@ -209,8 +221,7 @@ def honour_clicks(result: ObjectLogits, clicks: Sequence[Click]) -> ObjectLogits
     if not clicks:
         return result
     positive = [(c.position, tuple(p + 1 for p in c.position)) for c in clicks if c.positive]
-    stop = tuple(a + n for a, n in zip(result.start, result.logits.shape, strict=True))
-    own = [(result.start, stop)] if result.logits.size else []
+    own = [(result.start, result.stop)] if result.logits.size else []
     if not own and not positive:
         return result
     low, high = hull([*own, *positive])
@@ -219,11 +230,7 @@ def honour_clicks(result: ObjectLogits, clicks: Sequence[Click]) -> ObjectLogits
     if size != logits.shape:
         logits = np.full(size, -SURE, np.float32)
         if own:
-            place = tuple(
-                slice(s - a, s - a + n)
-                for s, a, n in zip(result.start, low, result.logits.shape, strict=True)
-            )
-            logits[place] = result.logits
+            logits[result.place_in(low)] = result.logits
     np.clip(logits, -SURE, SURE, out=logits)
     for age, click in enumerate(clicks):
         index = tuple(p - a for p, a in zip(click.position, low, strict=True))
