@@ -25,6 +25,8 @@ _CLICK_SIGMA = 2.5  # grid cells
 _CLICK_DECAY = 0.85  # an older click speaks lower, so that the order is seen
 _CLICK_FLOOR = 0.5
 
+Point = tuple[float, float, float]
+
 
 @dataclass(frozen=True)
 class WindowPrompts:
@@ -34,11 +36,13 @@ class WindowPrompts:
         box: lower and upper edges (z, y, x), or None.
         middle: z of the slice whose rectangle the box is exact on; ignored without a box.
         clicks: ((z, y, x), positive) in cells, oldest first; may lie outside the window.
+        elsewhere: (z, y, x) of other objects' positive clicks, in any order.
     """
 
-    box: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    box: tuple[Point, Point] | None = None
     middle: float = 0.0
-    clicks: tuple[tuple[tuple[float, float, float], bool], ...] = ()
+    clicks: tuple[tuple[Point, bool], ...] = ()
+    elsewhere: tuple[Point, ...] = ()
 
 
 def refiner_channels(
@@ -47,6 +51,7 @@ def refiner_channels(
     previous: Tensor,
     has_previous: Sequence[bool],
     coarse: Tensor | None = None,
+    others: Tensor | None = None,
 ) -> Tensor:
     """Input of the refiner (model/refiner.py, ``CHANNELS``) for a batch of windows.
 
@@ -56,27 +61,30 @@ def refiner_channels(
         previous: (B, D, H, W) the previous mask, 0..1; ignored where ``has_previous`` is False.
         has_previous: B flags.
         coarse: (B, D, H, W) logits of a coarse stage, or None.
+        others: (B, D, H, W) mask of what other objects have so far, 0..1, or None.
 
     Returns:
-        (B, 9, D, H, W) float32.
+        (B, 11, D, H, W) float32.
     """
     z_scores = normalise_window(image)
     has = torch.tensor(has_previous, device=image.device)[:, None, None, None]
     hard = (previous > 0.5).float()
     signed = torch.where(has, 2 * hard - 1, torch.zeros_like(hard))
-    shapes, boxes, middles, positives, negatives, priors = [], [], [], [], [], []
+    shapes, boxes, middles, positives, negatives, elsewhere, priors = [], [], [], [], [], [], []
     for one, known in zip(prompts, has_previous, strict=True):
         axes = _axes(image)
-        positive, negative, evidence = _click_maps(one, axes)
+        positive, negative, away, evidence = _click_maps(one, axes)
         shape, box, middle = _box_maps(one, axes, known)
         shapes.append(shape)
         boxes.append(box)
         middles.append(middle)
         positives.append(positive)
         negatives.append(negative)
+        elsewhere.append(away)
         priors.append(shape + evidence)
     shape_prior = torch.stack(shapes)
-    prior = torch.stack(priors) + _PREVIOUS_WEIGHT * signed
+    taken = torch.zeros_like(hard) if others is None else (others > 0.5).float()
+    prior = torch.stack(priors) + _PREVIOUS_WEIGHT * (signed - taken)
     # The first histograms come from the previous mask where there is one.
     start = torch.where(has, 0.9 * hard + 0.05, prior.sigmoid())
     likelihood = likelihood_log_odds(z_scores, prior, start)
@@ -93,30 +101,52 @@ def refiner_channels(
             torch.stack(middles),
             torch.stack(positives),
             torch.stack(negatives),
+            torch.stack(elsewhere),
+            taken,
         ),
         dim=1,
     )
 
 
-def window_prompts(prompts: ObjectPrompts, window: Window) -> WindowPrompts:
-    """An object's prompts in the grid of a window."""
+def window_prompts(
+    prompts: ObjectPrompts, window: Window, elsewhere: Sequence[tuple[int, int, int]] = ()
+) -> WindowPrompts:
+    """An object's prompts in the grid of a window.
+
+    Args:
+        prompts: of the object.
+        window: where.
+        elsewhere: voxels (z, y, x) where users clicked on other objects; those outside are left
+            out.
+    """
     clicks = tuple((window.to_grid(c.position), c.positive) for c in prompts.clicks)
+    away = tuple(
+        window.to_grid(p)
+        for p in elsewhere
+        if all(a <= c < b for a, c, b in zip(window.start, p, window.stop, strict=True))
+    )
     box = prompts.box
     if box is None:
-        return WindowPrompts(clicks=clicks)
+        return WindowPrompts(clicks=clicks, elsewhere=away)
     low = window.to_grid([a - 0.5 for a in box.start])
     high = window.to_grid([b - 0.5 for b in box.stop])
-    return WindowPrompts((low, high), window.to_grid((box.middle, 0, 0))[0], clicks)
+    return WindowPrompts((low, high), window.to_grid((box.middle, 0, 0))[0], clicks, away)
 
 
 def shifted(prompts: WindowPrompts, tile: tuple[slice, slice, slice]) -> WindowPrompts:
     """Prompts of a grid in the coordinates of one of its tiles."""
     z0, y0, x0 = (place.start for place in tile)
-    clicks = tuple(((z - z0, y - y0, x - x0), positive) for (z, y, x), positive in prompts.clicks)
-    if prompts.box is None:
-        return WindowPrompts(clicks=clicks)
-    low, high = ((z - z0, y - y0, x - x0) for z, y, x in prompts.box)
-    return WindowPrompts((low, high), prompts.middle - z0, clicks)
+
+    def moved(point: Point) -> Point:
+        z, y, x = point
+        return z - z0, y - y0, x - x0
+
+    return WindowPrompts(
+        None if prompts.box is None else (moved(prompts.box[0]), moved(prompts.box[1])),
+        prompts.middle - z0,
+        tuple((moved(position), positive) for position, positive in prompts.clicks),
+        tuple(moved(position) for position in prompts.elsewhere),
+    )
 
 
 def normalise_window(image: Tensor) -> Tensor:
@@ -171,8 +201,8 @@ def _box_maps(
 
 def _click_maps(
     prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Positive and negative click maps (0..1) and the clicks' log-odds, each (D, H, W)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maps (0..1) of positive, negative and others' clicks; log-odds of all; each (D, H, W)."""
     z, y, x = axes
     maps = {flag: z.new_zeros((z.numel(), y.numel(), x.numel())) for flag in (True, False)}
     evidence = torch.zeros_like(maps[True])
@@ -185,4 +215,13 @@ def _click_maps(
         weight = max(_CLICK_FLOOR, _CLICK_DECAY**age)
         torch.maximum(maps[positive], weight * bump, out=maps[positive])
         evidence.add_(bump, alpha=_CLICK_LOG_ODDS if positive else -_CLICK_LOG_ODDS)
-    return maps[True], maps[False], evidence.clamp_(-_CLICK_LOG_ODDS, _CLICK_LOG_ODDS)
+    away = torch.zeros_like(evidence)
+    if prompts.elsewhere:
+        places = z.new_tensor(prompts.elsewhere)
+        bumps = [
+            torch.exp(-0.5 * ((a.reshape(1, -1) - places[:, i : i + 1]) / _CLICK_SIGMA) ** 2)
+            for i, a in enumerate(axes)
+        ]
+        away = torch.einsum("nz,ny,nx->zyx", *bumps).clamp_max_(1)
+        evidence.add_(away, alpha=-_CLICK_LOG_ODDS)
+    return maps[True], maps[False], away, evidence.clamp_(-_CLICK_LOG_ODDS, _CLICK_LOG_ODDS)

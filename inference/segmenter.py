@@ -20,12 +20,11 @@ from inference.model.refiner import CHANNELS, Refiner, load_refiner
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast, choose_device
-from inference.prompts import refiner_channels, shifted, window_prompts
+from inference.prompts import WindowPrompts, refiner_channels, shifted, window_prompts
 from inference.refinement import (
     FIRST_LOOKS,
     ObjectLogits,
     bounding_box,
-    bounding_boxes,
     fine_shape,
     first_windows,
     grown_window,
@@ -36,6 +35,7 @@ from inference.refinement import (
 )
 from inference.resampling import resample, to_tensor, transfer
 from inference.sliding_window import Tile, sliding_window, tile_grid
+from inference.surroundings import Surroundings
 
 Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 
@@ -63,11 +63,17 @@ class _Look:
 
     prompts: ObjectPrompts
     window: Window
-    previous: tuple[Triple, Triple] | None
+    around: Surroundings
     growths: int = 0
     resized: bool = False
     coarse: tuple[Window, Tensor] | None = None  # what SAM-Med3D saw and said
     logits: Tensor | None = None  # (D, H, W) in the window's grid
+
+    def prompts_in(self, window: Window) -> WindowPrompts:
+        return window_prompts(self.prompts, window, self.around.elsewhere(self.prompts.label))
+
+    def others_in(self, window: Window) -> Tensor:
+        return self.around.others(window, self.prompts.label)
 
 
 class Segmenter:
@@ -172,39 +178,43 @@ class Segmenter:
         """
         if self._image is None:
             raise ValueError("no image is set; call set_image first")
+        wanted = [o for o in objects if not o.is_empty]
+        around = Surroundings(wanted, previous, self.device)
+        tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
+        if self._refiner and len(wanted) > 1 and not any(around.box(o.label) for o in wanted):
+            # Nothing says yet where the other objects are: a quick look at all of them does.
+            draft = merge(self._pass(wanted, around, 0), self._volume)
+            around = Surroundings(wanted, previous, self.device, draft)
+        yield from self._pass(wanted, around, tiles)
+
+    def _pass(
+        self, wanted: Sequence[ObjectPrompts], around: Surroundings, tiles: int
+    ) -> Iterator[ObjectLogits]:
+        """Each object's logits; ``tiles`` bounds an object's second pass, 0 leaves it out."""
         cells = 1 if self._refiner is None else self._refiner.config.window**3
         batch = windows_at_once(self.device, cells)
-        wanted = [o for o in objects if not o.is_empty]
-        tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
-        known = {} if previous is None else bounding_boxes(previous)
-        if any(o.box is None and o.label not in known for o in wanted):
+        if any(o.box is None and around.box(o.label) is None for o in wanted):
             batch = max(1, batch // len(FIRST_LOOKS))
         for i in range(0, len(wanted), batch):
-            parts = [
-                self._begin(prompts, previous, known.get(prompts.label))
-                for prompts in wanted[i : i + batch]
-            ]
+            parts = [self._begin(prompts, around) for prompts in wanted[i : i + batch]]
             if self._refiner is not None:
-                self._look(self._refiner, [look for looks in parts for look in looks], previous)
+                self._look(self._refiner, [look for looks in parts for look in looks])
             for looks in parts:
                 yield self._finish(looks, tiles)
 
-    def _begin(
-        self,
-        prompts: ObjectPrompts,
-        previous: NDArray[np.uint8] | None,
-        before: tuple[Triple, Triple] | None,
-    ) -> list[_Look]:
+    def _begin(self, prompts: ObjectPrompts, around: Surroundings) -> list[_Look]:
         """Choose an object's first windows and, where there is SAM-Med3D, ask it in one of them."""
         edge = _EDGE if self._refiner is None else self._refiner.config.window
-        windows = first_windows(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
-        looks = [_Look(prompts, window, before) for window in windows]
+        shape = (edge, edge, edge)
+        before = around.box(prompts.label)
+        windows = first_windows(prompts, before, self._volume, self._spacing_mm, shape)
+        looks = [_Look(prompts, window, around) for window in windows]
         if self._coarse is not None:
             window = self._coarse.window(windows[0], self._spacing_mm)
-            mask = self._previous_cells(window, looks[0], previous)
+            mask = around.mask(window, prompts.label)
             logits = self._coarse.logits(self._cells(window), window, prompts, mask)
             if self._refiner is None:
-                return [_Look(prompts, window, before, logits=logits)]
+                return [_Look(prompts, window, around, logits=logits)]
             for look in looks:
                 look.coarse = window, logits
         return looks
@@ -215,14 +225,11 @@ class Segmenter:
         D, H, W = self._image.shape
         return D, H, W
 
-    def _look(
-        self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
-    ) -> None:
+    def _look(self, refiner: Refiner, looks: Sequence[_Look]) -> None:
         """Run the network on the looks' windows, growing and shrinking them until they fit."""
-
         pending = list(looks)
         while pending:
-            logits = in_parts(lambda some: self._run(refiner, some, previous), pending)
+            logits = in_parts(lambda some: self._run(refiner, some), pending)
             again = []
             for look, values in zip(pending, logits, strict=True):
                 look.logits = values
@@ -261,14 +268,12 @@ class Segmenter:
         look.window = closer
         return True
 
-    def _run(
-        self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
-    ) -> Tensor:
+    def _run(self, refiner: Refiner, looks: Sequence[_Look]) -> Tensor:
         """Logits (B, D, H, W) of the looks in their windows."""
         images = torch.cat([self._cells(look.window) for look in looks])
         coarse, masks, known = torch.zeros_like(images), torch.zeros_like(images), []
         for i, look in enumerate(looks):
-            mask = self._previous_cells(look.window, look, previous)
+            mask = look.around.mask(look.window, look.prompts.label)
             if look.coarse is not None:
                 source, logits = look.coarse
                 seen = transfer(logits[None], source, look.window, fill=-6.0)
@@ -279,8 +284,9 @@ class Segmenter:
             known.append(mask is not None)
             if mask is not None:
                 masks[i] = mask[0]
-        prompts = [window_prompts(look.prompts, look.window) for look in looks]
-        channels = refiner_channels(images, prompts, masks, known, coarse)
+        prompts = [look.prompts_in(look.window) for look in looks]
+        others = torch.cat([look.others_in(look.window) for look in looks])
+        channels = refiner_channels(images, prompts, masks, known, coarse, others)
         logits = self._network(refiner, channels)
         boxed = [look.prompts.box is not None for look in looks]
         trust = torch.tensor(
@@ -303,22 +309,12 @@ class Segmenter:
         assert self._image is not None
         return resample(to_tensor(window.crop(self._image, edge=True), self.device), window.shape)
 
-    def _previous_cells(
-        self, window: Window, look: _Look, previous: NDArray[np.uint8] | None
-    ) -> Tensor | None:
-        """The object's previous mask in a window's grid, (1, D, H, W) 0/1, or None."""
-        if previous is None or look.previous is None:
-            return None
-        voxels = (window.crop(previous) == look.prompts.label).astype(np.uint8)
-        mask = resample(to_tensor(voxels, self.device), window.shape) > 0.5
-        return mask.float() if bool(mask.any()) else None
-
     def _finish(self, looks: Sequence[_Look], tiles: int) -> ObjectLogits:
         """One object out of its looks."""
         if len(looks) == 1:
             result = self._voxels(looks[0], tiles)
         else:
-            share = max(1, tiles // len(looks))
+            share = max(tiles and 1, tiles // len(looks))
             result = consensus([self._voxels(look, share, FLOOR) for look in looks])
         return honour_clicks(result, looks[0].prompts.clicks)
 
@@ -326,11 +322,12 @@ class Segmenter:
         """Second pass where the grid is coarser than the volume, then voxels."""
         assert look.logits is not None
         window, logits = look.window, look.logits
-        if self._refiner is not None and max(window.cell) > _COARSE_CELL:
+        if self._refiner is not None and tiles and max(window.cell) > _COARSE_CELL:
             shape = fine_shape(window, _TILE, tiles, self._refiner.config.stride)
             if np.prod(shape) > 1.5 * np.prod(window.shape):
                 window, logits = self._second_pass(self._refiner, look, shape)
-        if look.prompts.box is not None and look.previous is None and not look.prompts.clicks:
+        alone = look.prompts.box is not None and not look.prompts.clicks
+        if alone and look.around.box(look.prompts.label) is None:
             logits = logits + _BOX_ALONE
         return to_voxels(logits, window, look.prompts.label, self._volume, floor)
 
@@ -344,7 +341,7 @@ class Segmenter:
         coarse = torch.zeros_like(image)
         if look.coarse is not None and refiner.config.coarse:
             coarse = transfer(look.coarse[1][None], look.coarse[0], fine, fill=-6.0)[0]
-        prompts = window_prompts(look.prompts, fine)
+        prompts, others = look.prompts_in(fine), look.others_in(fine)[0]
         z, y, x = (min(_TILE, n) for n in shape)
         tiles = [t for t in tile_grid(shape, (z, y, x)) if 0 < float(mask[t].mean()) < 1]
 
@@ -355,6 +352,7 @@ class Segmenter:
                 torch.stack([mask[p] for p in places]),
                 [True] * len(places),
                 torch.stack([coarse[p] for p in places]),
+                torch.stack([others[p] for p in places]),
             )
             return self._network(refiner, channels)
 

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import torch
 
+from inference.case import Box, Click, ObjectPrompts
+from inference.geometry import Window
 from inference.model.refiner import CHANNELS
-from inference.prompts import WindowPrompts, normalise_window, refiner_channels
+from inference.prompts import (
+    WindowPrompts,
+    normalise_window,
+    refiner_channels,
+    shifted,
+    window_prompts,
+)
 
 SHAPE = (16, 20, 24)
 
 
 def _channels(
-    prompts: WindowPrompts, previous: torch.Tensor | None = None
+    prompts: WindowPrompts,
+    previous: torch.Tensor | None = None,
+    others: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     image = torch.randn(1, *SHAPE)
     mask = torch.zeros(1, *SHAPE) if previous is None else previous
-    channels = refiner_channels(image, [prompts], mask, [previous is not None])
+    channels = refiner_channels(image, [prompts], mask, [previous is not None], others=others)
     assert channels.shape == (1, len(CHANNELS), *SHAPE) and channels.dtype == torch.float32
     assert channels.isfinite().all()
     return dict(zip(CHANNELS, channels[0], strict=True))
@@ -57,6 +67,35 @@ def test_the_previous_mask_is_signed_and_its_absence_is_zero() -> None:
     mask[0, 2:9, 3:9, 3:9] = 1
     assert _channels(WindowPrompts(), mask)["previous_mask"].equal(2 * mask[0] - 1)
     assert not _channels(WindowPrompts())["previous_mask"].any()
+
+
+def test_clicks_on_other_objects_speak_against_this_one() -> None:
+    seen = _channels(WindowPrompts(elsewhere=((4, 5, 6), (4, 6, 6), (-90, 5, 6))))
+    assert seen["other_clicks"][4, 5, 6] == 1 and seen["other_clicks"][12, 15, 20] < 1e-6
+    assert seen["likelihood"][4, 5, 6] < -1
+    assert not seen["negative_clicks"].any(), "the user said nothing about this object"
+
+
+def test_masks_of_other_objects_are_seen_and_lower_the_likelihood() -> None:
+    others = torch.zeros(1, *SHAPE)
+    others[0, :8] = 1
+    seen, before = _channels(WindowPrompts(), others=others), _channels(WindowPrompts())
+    assert torch.equal(seen["other_objects"], others[0])
+    assert not before["other_objects"].any()
+    assert seen["likelihood"][:8].mean() < before["likelihood"][:8].mean() - 0.1
+
+
+def test_prompts_move_with_the_window_and_the_tile() -> None:
+    window = Window((10, 0, 20), (26, 40, 44), (8, 20, 24))
+    prompts = ObjectPrompts(1, Box((12, 4, 22), (20, 30, 40), 16), (Click((11, 1, 20), False),))
+    found = window_prompts(prompts, window, [(11, 1, 20), (9, 1, 20), (11, 40, 20)])
+    assert found.clicks == ((window.to_grid((11, 1, 20)), False),)
+    assert found.elsewhere == (window.to_grid((11, 1, 20)),), "those outside are left out"
+    moved = shifted(found, (slice(2, 6), slice(3, 9), slice(0, 8)))
+    assert found.box and moved.box and moved.middle == found.middle - 2
+    for a, b in zip((*found.box, *found.elsewhere), (*moved.box, *moved.elsewhere), strict=True):
+        assert b == (a[0] - 2, a[1] - 3, a[2])
+    assert moved.clicks[0][0] == moved.elsewhere[0] and not moved.clicks[0][1]
 
 
 def test_normalisation_ignores_scale_and_offset() -> None:

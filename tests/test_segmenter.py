@@ -173,6 +173,50 @@ def test_volumes_of_one_voxel_an_axis(shape: tuple[int, int, int]) -> None:
     assert labels.shape == shape and labels[middle] == 1
 
 
+class _Witness(Segmenter):
+    """Remembers what the network was shown of other objects, and draws ellipsoids."""
+
+    def __init__(self) -> None:
+        super().__init__(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
+        self.masks: list[bool] = []
+        self.clicks: list[bool] = []
+
+    def _network(self, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
+        seen = dict(zip(CHANNELS, channels.unbind(1), strict=True))
+        self.masks += seen["other_objects"].flatten(1).any(1).tolist()
+        self.clicks += (seen["other_clicks"] > 0.5).flatten(1).any(1).tolist()
+        return 100 * channels[:, CHANNELS.index("ellipsoid")]
+
+
+def _side_by_side(clicks: tuple[tuple[Click, ...], ...] = ((), ())) -> Case:
+    """Two bright cubes so close that each lies in the other's window."""
+    image = np.full((40, 40, 60), 30, np.uint8)
+    image[12:28, 12:28, 12:28] = image[12:28, 12:28, 32:48] = 200
+    boxes = (Box((12, 12, 12), (28, 28, 28), 20), Box((12, 12, 32), (28, 28, 48), 40))
+    objects = tuple(ObjectPrompts(k + 1, boxes[k], clicks[k]) for k in range(2))
+    return Case("pair.npz", image, (1.0, 1.0, 1.0), objects)
+
+
+def test_objects_know_of_each_other_from_the_first_round_on() -> None:
+    """A first look at all gives the masks that each is then shown of the other."""
+    witness = _Witness()
+    first = witness.segment_case(_side_by_side())
+    half = len(witness.masks) // 2
+    assert not any(witness.masks[:half]) and all(witness.masks[half:]), witness.masks
+    assert not any(witness.clicks)
+    witness.masks.clear()
+    clicks = ((Click((20, 20, 20), True),), ())
+    witness.segment_case(dataclasses.replace(_side_by_side(clicks), previous=first))
+    assert witness.masks == [True, True], "the last round's masks, at once"
+    assert witness.clicks == [False, True], "the second object sees the click on the first"
+
+
+def test_an_object_by_itself_is_looked_at_once() -> None:
+    witness, case = _Witness(), _side_by_side()
+    witness.segment_case(dataclasses.replace(case, objects=case.objects[:1]))
+    assert witness.masks == [False]
+
+
 class _Threshold(Segmenter):
     """Calls bright cells the object, so that what a grid resolves is what comes out."""
 
@@ -227,5 +271,5 @@ def test_the_refiner_names_the_shape_it_cannot_take() -> None:
     refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1)))
     with pytest.raises(ValueError, match=r"received \(30, 32, 32\); accepted: multiples of 4"):
         refiner(torch.zeros(1, len(CHANNELS), 30, 32, 32))
-    with pytest.raises(ValueError, match=r"accepted: \(B, 9, D, H, W\)"):
+    with pytest.raises(ValueError, match=r"accepted: \(B, 11, D, H, W\)"):
         refiner(torch.zeros(1, 3, 32, 32, 32))

@@ -1,0 +1,67 @@
+"""Other objects as an earlier look leaves them: about right, never on the object's own mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from training.augmentation import Chance
+from training.neighbours import claimed, clicks_elsewhere
+
+
+@pytest.fixture
+def others() -> torch.Tensor:
+    labels = torch.zeros(24, 24, 24, dtype=torch.int64)
+    labels[2:10, 2:20, 2:20], labels[14:22, 4:12, 4:12] = 3, 7
+    labels[23, 23, 20:] = 9  # too small to be clicked on
+    return labels
+
+
+def _chance(seed: int) -> Chance:
+    return Chance(seed, torch.device("cpu"))
+
+
+def test_claims_are_about_right_and_leave_the_objects_own_mask_alone(others: torch.Tensor) -> None:
+    own = torch.zeros(24, 24, 24, dtype=torch.bool)
+    own[8:14] = True
+    overlaps = []
+    for seed in range(60):
+        mask = claimed(others, own, _chance(seed))
+        assert mask.dtype == torch.bool and not (mask & own).any()
+        truth = (others > 0) & ~own
+        overlaps.append(float(2 * (mask & truth).sum() / (mask.sum() + truth.sum())))
+    assert 0.6 < np.median(overlaps) < 0.98
+    assert min(overlaps) < 0.5, "at times they are badly wrong"
+
+
+def test_each_object_gets_at_most_one_click_inside_of_it(others: torch.Tensor) -> None:
+    counts = []
+    for seed in range(60):
+        clicks = clicks_elsewhere(others, None, _chance(seed))
+        labels = [int(others[tuple(int(c) for c in click)]) for click in clicks]
+        assert set(labels) <= {3, 7} and len(set(labels)) == len(labels)
+        counts.append(len(labels))
+    assert set(counts) == {0, 1, 2}
+
+
+def test_clicks_go_where_the_objects_own_mask_is_wrong(others: torch.Tensor) -> None:
+    own = torch.zeros(24, 24, 24, dtype=torch.bool)
+    own[2:10, 2:20, 16:20] = True  # a part of object 3
+    hits = [
+        own[tuple(int(c) for c in click)]
+        for seed in range(60)
+        for click in clicks_elsewhere(others, own, _chance(seed))
+        if click[0] < 12
+    ]
+    assert np.mean(hits) > 0.9
+
+
+def test_the_same_chance_gives_the_same(others: torch.Tensor) -> None:
+    assert torch.equal(claimed(others, None, _chance(5)), claimed(others, None, _chance(5)))
+    assert clicks_elsewhere(others, None, _chance(5)) == clicks_elsewhere(others, None, _chance(5))
+
+
+def test_without_other_objects_there_is_nothing_to_click() -> None:
+    nothing = torch.zeros(16, 16, 16, dtype=torch.int64)
+    assert all(not clicks_elsewhere(nothing, None, _chance(seed)) for seed in range(10))
