@@ -204,8 +204,8 @@ def test_objects_know_of_each_other_from_the_first_round_on() -> None:
     half = len(witness.masks) // 2
     assert not any(witness.masks[:half]) and all(witness.masks[half:]), witness.masks
     assert not any(witness.clicks)
-    witness.masks.clear()
-    clicks = ((Click((20, 20, 20), True),), ())
+    witness.masks, witness.clicks = [], []
+    clicks = ((Click((20, 20, 27), True),), ())
     witness.segment_case(dataclasses.replace(_side_by_side(clicks), previous=first))
     assert witness.masks == [True, True], "the last round's masks, at once"
     assert witness.clicks == [False, True], "the second object sees the click on the first"
