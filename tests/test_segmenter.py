@@ -267,6 +267,22 @@ def test_no_image_is_an_error() -> None:
         next(_segmenter().segment([ObjectPrompts(1)]))
 
 
+def test_a_refiner_may_be_blind_to_a_channel() -> None:
+    torch.manual_seed(0)
+    config = RefinerConfig(channels=(8, 8), blocks=(1, 1), without=("likelihood",))
+    refiner = Refiner(config)
+    torch.nn.init.normal_(refiner.head.weight)
+    seen = torch.randn(1, len(CHANNELS), 8, 8, 8)
+    other = seen.clone()
+    other[:, CHANNELS.index("likelihood")] = 9
+    assert torch.equal(refiner(seen), refiner(other))
+    other[:, CHANNELS.index("box")] = 9
+    assert not torch.equal(refiner(seen), refiner(other))
+    assert RefinerConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match=r"without is \['hearing'\]; accepted: image, "):
+        RefinerConfig(without=("hearing",))
+
+
 def test_the_refiner_names_the_shape_it_cannot_take() -> None:
     refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1)))
     with pytest.raises(ValueError, match=r"received \(30, 32, 32\); accepted: multiples of 4"):

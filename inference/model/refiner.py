@@ -49,12 +49,23 @@ class RefinerConfig:
         blocks: residual blocks of each level on the way down; one each on the way up.
         window: edge of the training window in grid cells; any multiple of ``stride`` runs.
         coarse: whether training showed it coarse logits; else their channel must stay zero.
+        without: names of :data:`CHANNELS` that it is blind to (to see what they are worth).
+
+    Raises:
+        ValueError: ``without`` names no channel.
     """
 
     channels: tuple[int, ...] = (32, 64, 96, 128)
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     window: int = 64
     coarse: bool = False
+    without: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse names that are none."""
+        unknown = sorted(set(self.without) - set(CHANNELS))
+        if unknown:
+            raise ValueError(f"without is {unknown}; accepted: {', '.join(CHANNELS)}")
 
     @classmethod
     def from_json(cls, text: str) -> RefinerConfig:
@@ -160,6 +171,9 @@ class Refiner(nn.Module):
             raise ValueError(
                 f"refiner received {tuple(channels.shape[2:])}; accepted: multiples of {stride}"
             )
+        if self.config.without:
+            blind = channels.new_tensor([name not in self.config.without for name in CHANNELS])
+            channels = channels * blind[:, None, None, None]
         x = self.stem(channels)
         skips = []
         for level, blocks in enumerate(self.encoder):
