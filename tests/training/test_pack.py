@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from inference.model.weights import read_weights
 from inference.npz import NpzFile
+from tests.conftest import CHECKOUT
+from tests.training.balls import write_balls
 from training.pack import main, pack
 
 
@@ -81,3 +87,25 @@ def test_what_never_fits_leaves_nothing(
     assert not list(tmp_path.glob("*data.tar.xz*"))
     assert main([str(folders[0]), str(folders[0]), "--out", str(out)]) == 1
     assert "names that differ" in capsys.readouterr().err
+
+
+def test_from_an_archive_to_weights_and_figures_in_one_command(tmp_path: Path) -> None:
+    """And on again from where it was: an accelerator may be taken away at any moment."""
+    (tmp_path / "train").mkdir()
+    write_balls(tmp_path / "train")
+    (tmp_path / "train" / "maps").rename(tmp_path / "label_maps")
+    (tmp_path / "val").mkdir()
+    shutil.copy(tmp_path / "train" / "CT_balls_0.npz", tmp_path / "val")
+    pack([tmp_path / n for n in ("train", "label_maps", "val")], tmp_path / "data.tar.xz", 1 << 20)
+    out = tmp_path / "out"
+    command = ["sh", "training/accelerate.sh", str(tmp_path / "data.tar.xz"), str(out), "60"]
+    smaller = ["--max-steps", "1", "--device", "cpu", "--threads", "1", "--set", "batch=2"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    for steps in ("1", "2"):
+        done = subprocess.run(
+            [*command, *smaller], cwd=CHECKOUT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        _, metadata = read_weights(out / "weights.safetensors")
+        assert f'"steps": {steps}' in metadata["training"]
+    assert (out / "box" / "summary.csv").is_file() and (out / "nobox" / "report.html").is_file()
