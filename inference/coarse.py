@@ -30,6 +30,8 @@ class CoarseStage:
         self._boxes = model.config.windows == "box"
         edge = model.config.image_size
         self.shape: Triple = (edge, edge, edge)
+        low = 4 * edge // model.config.patch_size  # masks have 4^3 cells a token
+        self._low: Triple = (low, low, low)
 
     def to(self, device: torch.device) -> None:
         """Move the network to a device."""
@@ -78,10 +80,9 @@ class CoarseStage:
                 places.insert(0, (middle[0], middle[1], middle[2]))
                 labels.insert(0, 1)
         points = (image.new_tensor([places]), torch.tensor([labels], device=image.device))
-        low = [n // 4 for n in self.shape]
         masks = None
         if previous is not None:
-            small = resample(previous, (low[0], low[1], low[2]))
+            small = resample(previous, self._low)
             masks = (_MASK_LOGIT * (2 * small - 1))[None]
         with torch.inference_mode(), autocast(image.device):
             embedding = self._model.encode_image(_normalise(image)[None])

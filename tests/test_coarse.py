@@ -29,9 +29,9 @@ SMALL = SamMed3DConfig(
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
-def _sam(windows: str = "1.5mm") -> SamMed3D:
+def _sam(windows: str = "1.5mm", patch_size: int = 16) -> SamMed3D:
     torch.manual_seed(0)
-    config = SamMed3DConfig(**{**SMALL.__dict__, "windows": windows})
+    config = SamMed3DConfig(**{**SMALL.__dict__, "windows": windows, "patch_size": patch_size})
     return build_sam_med3d(config).eval()
 
 
@@ -58,10 +58,10 @@ def test_box_windows_are_the_region_itself() -> None:
     assert stage.window(region, (3.0, 2.0, 1.0)) == Window(region.start, region.stop, (32, 32, 32))
 
 
-@pytest.mark.parametrize("windows", ["1.5mm", "box"])
-def test_every_prompt_reaches_the_network(windows: str) -> None:
+@pytest.mark.parametrize(("windows", "patch_size"), [("1.5mm", 16), ("box", 16), ("box", 8)])
+def test_every_prompt_reaches_the_network(windows: str, patch_size: int) -> None:
     """Each kind of prompt changes the logits; asking twice does not."""
-    stage = CoarseStage(_sam(windows), torch.device("cpu"))
+    stage = CoarseStage(_sam(windows, patch_size), torch.device("cpu"))
     window = Window((0, 0, 0), (32, 32, 32), (32, 32, 32))
     image = torch.rand(1, 32, 32, 32) * 255
     box = Box((8, 8, 8), (20, 22, 24), 14)

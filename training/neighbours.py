@@ -12,14 +12,15 @@ _SMALLEST = 8  # cells of an object that is clicked on
 _SHIFT = 0.05  # of the window's edge: how far off other masks are, where they are off
 
 
-def claimed(others: Tensor, mask: Tensor | None, chance: Chance) -> Tensor:
+def claimed(others: Tensor, target: Tensor, mask: Tensor | None, chance: Chance) -> Tensor:
     """What a label map of an earlier look gives to other objects.
 
-    Some objects are missing, borders are off, and at times a mask is off as a whole or one is where
-    it has no business.
+    Some objects are missing, borders are off, and at times a mask is off as a whole. What the
+    object itself still lacks is often another's: where many share a box, few get it all at first.
 
     Args:
         others: (D, H, W) labels of the other objects, 0 for none.
+        target: (D, H, W) bool, the object.
         mask: (D, H, W) bool, what the same label map gives to the object itself, or None.
         chance: decides.
 
@@ -34,8 +35,10 @@ def claimed(others: Tensor, mask: Tensor | None, chance: Chance) -> Tensor:
         steps = [round(float(s)) for s in chance.rng.normal(0, _SHIFT, 3) * max(found.shape)]
         found = found.roll(steps, (0, 1, 2))
     taken = perturb_mask(found, chance)
-    if chance.happens(0.25):
+    if chance.happens(0.15):
         taken |= chance.field(taken.float(), 3) > chance.between(0.6, 1.8)
+    if chance.happens(0.5):
+        taken |= target & (chance.field(taken.float(), 3) > chance.between(-1.5, 1.0))
     return taken if mask is None else taken & ~mask
 
 

@@ -132,7 +132,7 @@ class RefinerRounds:
         rng = np.random.default_rng((self._config.seed, 6, place.number, place.round))
         chance = Chance(int(rng.integers(2**62)), others.device)
         if masked:
-            place.others = claimed(others, place.mask, chance)
+            place.others = claimed(others, place.sample.target, place.mask, chance)
         if clicked:
             more = clicks_elsewhere(others, place.mask, chance)
             place.sample.prompts = dataclasses.replace(
