@@ -164,10 +164,12 @@ class Segmenter:
     def segment(
         self, objects: Sequence[ObjectPrompts], previous: NDArray[np.uint8] | None = None
     ) -> Iterator[ObjectLogits]:
-        """Segment objects of the image, each by itself.
+        """Segment objects of the image, each in a window of its own.
+
+        A click on one object speaks against the others, and so does its mask of the last round.
 
         Args:
-            objects: what is known of each; empty ones are left out.
+            objects: all that are known of, with what is known of each; empty ones are left out.
             previous: (D, H, W) label map of the last round, or None.
 
         Yields:
