@@ -181,18 +181,8 @@ class Segmenter:
         if self._image is None:
             raise ValueError("no image is set; call set_image first")
         wanted = [o for o in objects if not o.is_empty]
-        around = Surroundings(wanted, previous, self.device)
         tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
-        if self._refiner and len(wanted) > 1 and not any(around.box(o.label) for o in wanted):
-            # Nothing says yet where the other objects are: a quick look at all of them does.
-            draft = merge(self._pass(wanted, around, 0), self._volume)
-            around = Surroundings(wanted, previous, self.device, draft)
-        yield from self._pass(wanted, around, tiles)
-
-    def _pass(
-        self, wanted: Sequence[ObjectPrompts], around: Surroundings, tiles: int
-    ) -> Iterator[ObjectLogits]:
-        """Each object's logits; ``tiles`` bounds an object's second pass, 0 leaves it out."""
+        around = Surroundings(wanted, previous, self.device)
         cells = 1 if self._refiner is None else self._refiner.config.window**3
         batch = windows_at_once(self.device, cells)
         if any(o.box is None and around.box(o.label) is None for o in wanted):
@@ -316,7 +306,7 @@ class Segmenter:
         if len(looks) == 1:
             result = self._voxels(looks[0], tiles)
         else:
-            share = max(tiles and 1, tiles // len(looks))
+            share = max(1, tiles // len(looks))
             result = consensus([self._voxels(look, share, FLOOR) for look in looks])
         return honour_clicks(result, looks[0].prompts.clicks)
 
@@ -324,7 +314,7 @@ class Segmenter:
         """Second pass where the grid is coarser than the volume, then voxels."""
         assert look.logits is not None
         window, logits = look.window, look.logits
-        if self._refiner is not None and tiles and max(window.cell) > _COARSE_CELL:
+        if self._refiner is not None and max(window.cell) > _COARSE_CELL:
             shape = fine_shape(window, _TILE, tiles, self._refiner.config.stride)
             if np.prod(shape) > 1.5 * np.prod(window.shape):
                 window, logits = self._second_pass(self._refiner, look, shape)

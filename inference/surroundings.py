@@ -22,8 +22,6 @@ class Surroundings:
         objects: all of the case.
         previous: (D, H, W) label map of the last round, or None.
         device: where windows are made.
-        draft: (D, H, W) label map that stands for the last round's where it is about other
-            objects; None for ``previous``.
     """
 
     def __init__(
@@ -31,11 +29,9 @@ class Surroundings:
         objects: Sequence[ObjectPrompts],
         previous: NDArray[np.uint8] | None,
         device: torch.device,
-        draft: NDArray[np.uint8] | None = None,
     ) -> None:
         """Measure the objects of the last round."""
         self._previous, self._device = previous, device
-        self._labels = previous if draft is None else draft
         self._boxes = {} if previous is None else bounding_boxes(previous)
         self._clicks = [(o.label, c.position) for o in objects for c in o.clicks if c.positive]
 
@@ -52,9 +48,9 @@ class Surroundings:
 
     def others(self, window: Window, label: int) -> Tensor:
         """The other objects' share of each cell of a window's grid, (1, D, H, W) 0..1."""
-        if self._labels is None:
+        if self._previous is None:
             return torch.zeros((1, *window.shape), device=self._device)
-        labels = np.asarray(window.crop(self._labels), np.uint8)
+        labels = np.asarray(window.crop(self._previous), np.uint8)
         return self._share((labels != label) & (labels > 0), window.shape)
 
     def elsewhere(self, label: int) -> list[Triple]:

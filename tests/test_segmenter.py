@@ -197,24 +197,24 @@ def _side_by_side(clicks: tuple[tuple[Click, ...], ...] = ((), ())) -> Case:
     return Case("pair.npz", image, (1.0, 1.0, 1.0), objects)
 
 
-def test_objects_know_of_each_other_from_the_first_round_on() -> None:
-    """A first look at all gives the masks that each is then shown of the other."""
+def test_objects_know_of_each_others_masks_and_clicks() -> None:
     witness = _Witness()
     first = witness.segment_case(_side_by_side())
-    half = len(witness.masks) // 2
-    assert not any(witness.masks[:half]) and all(witness.masks[half:]), witness.masks
-    assert not any(witness.clicks)
+    assert witness.masks == [False, False] and witness.clicks == [False, False]
     witness.masks, witness.clicks = [], []
     clicks = ((Click((20, 20, 27), True),), ())
     witness.segment_case(dataclasses.replace(_side_by_side(clicks), previous=first))
-    assert witness.masks == [True, True], "the last round's masks, at once"
+    assert witness.masks == [True, True], "the last round's masks"
     assert witness.clicks == [False, True], "the second object sees the click on the first"
 
 
-def test_an_object_by_itself_is_looked_at_once() -> None:
+def test_an_object_that_comes_later_meets_those_before() -> None:
     witness, case = _Witness(), _side_by_side()
-    witness.segment_case(dataclasses.replace(case, objects=case.objects[:1]))
-    assert witness.masks == [False]
+    alone = dataclasses.replace(case, objects=case.objects[:1])
+    first = witness.segment_case(alone)
+    witness.masks = []
+    labels = witness.segment_case(dataclasses.replace(case, previous=first))
+    assert witness.masks == [False, True] and set(np.unique(labels)) == {0, 1, 2}
 
 
 class _Threshold(Segmenter):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from inference.case import Click, ObjectPrompts
@@ -42,12 +41,10 @@ def test_an_object_that_is_not_there_has_neither_mask_nor_box() -> None:
     assert around.mask(far, 1) is None, "out of sight"
 
 
-@pytest.mark.parametrize("draft", [False, True])
-def test_nothing_known_is_nothing_shown(draft: bool) -> None:
-    """A draft speaks of other objects only: an object's own mask is the last round's or none."""
-    around = Surroundings(_objects(), None, CPU, _labels() if draft else None)
+def test_nothing_known_is_nothing_shown() -> None:
+    around = Surroundings(_objects(), None, CPU)
     assert around.mask(WINDOW, 1) is None and around.box(1) is None
-    assert bool(around.others(WINDOW, 1).any()) == draft
+    assert not around.others(WINDOW, 1).any()
 
 
 def test_only_positive_clicks_on_other_objects_count() -> None:

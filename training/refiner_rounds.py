@@ -118,7 +118,7 @@ class RefinerRounds:
             rounds = int(rng.integers(1, self._config.rounds + 1))
             first = 0 if sample.prompts.box and sample.mask is None else 1
             place = _Place(number, sample, sample.mask, None, rounds, first)
-            # In a first look the other objects have masks if all were looked at once before.
+            # An object that is added later meets the masks of those before.
             masked = sample.mask is not None or bool(rng.random() < 0.5)
             clicked = first == 1 and (sample.mask is None or bool(rng.random() < 0.5))
             self._look_around(place, masked, clicked)
