@@ -36,7 +36,8 @@ class WindowPrompts:
         box: lower and upper edges (z, y, x), or None.
         middle: z of the slice whose rectangle the box is exact on; ignored without a box.
         clicks: ((z, y, x), positive) in cells, oldest first; may lie outside the window.
-        elsewhere: (z, y, x) of other objects' positive clicks, in any order.
+        elsewhere: (z, y, x) of other objects' positive clicks, in any order; they speak through
+            the likelihood.
     """
 
     box: tuple[Point, Point] | None = None
@@ -61,26 +62,26 @@ def refiner_channels(
         previous: (B, D, H, W) the previous mask, 0..1; ignored where ``has_previous`` is False.
         has_previous: B flags.
         coarse: (B, D, H, W) logits of a coarse stage, or None.
-        others: (B, D, H, W) mask of what other objects have so far, 0..1, or None.
+        others: (B, D, H, W) mask of what other objects have so far, 0..1, or None; it speaks
+            through the likelihood.
 
     Returns:
-        (B, 11, D, H, W) float32.
+        (B, 9, D, H, W) float32.
     """
     z_scores = normalise_window(image)
     has = torch.tensor(has_previous, device=image.device)[:, None, None, None]
     hard = (previous > 0.5).float()
     signed = torch.where(has, 2 * hard - 1, torch.zeros_like(hard))
-    shapes, boxes, middles, positives, negatives, elsewhere, priors = [], [], [], [], [], [], []
+    shapes, boxes, middles, positives, negatives, priors = [], [], [], [], [], []
     for one, known in zip(prompts, has_previous, strict=True):
         axes = _axes(image)
-        positive, negative, away, evidence = _click_maps(one, axes)
+        positive, negative, evidence = _click_maps(one, axes)
         shape, box, middle = _box_maps(one, axes, known)
         shapes.append(shape)
         boxes.append(box)
         middles.append(middle)
         positives.append(positive)
         negatives.append(negative)
-        elsewhere.append(away)
         priors.append(shape + evidence)
     shape_prior = torch.stack(shapes)
     taken = torch.zeros_like(hard) if others is None else (others > 0.5).float()
@@ -101,8 +102,6 @@ def refiner_channels(
             torch.stack(middles),
             torch.stack(positives),
             torch.stack(negatives),
-            torch.stack(elsewhere),
-            taken,
         ),
         dim=1,
     )
@@ -201,8 +200,8 @@ def _box_maps(
 
 def _click_maps(
     prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Maps (0..1) of positive, negative and others' clicks; log-odds of all; each (D, H, W)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positive and negative click maps (0..1) and all clicks' log-odds, each (D, H, W)."""
     z, y, x = axes
     maps = {flag: z.new_zeros((z.numel(), y.numel(), x.numel())) for flag in (True, False)}
     evidence = torch.zeros_like(maps[True])
@@ -215,7 +214,6 @@ def _click_maps(
         weight = max(_CLICK_FLOOR, _CLICK_DECAY**age)
         torch.maximum(maps[positive], weight * bump, out=maps[positive])
         evidence.add_(bump, alpha=_CLICK_LOG_ODDS if positive else -_CLICK_LOG_ODDS)
-    away = torch.zeros_like(evidence)
     if prompts.elsewhere:
         places = z.new_tensor(prompts.elsewhere)
         bumps = [
@@ -224,4 +222,4 @@ def _click_maps(
         ]
         away = torch.einsum("nz,ny,nx->zyx", *bumps).clamp_max_(1)
         evidence.add_(away, alpha=-_CLICK_LOG_ODDS)
-    return maps[True], maps[False], away, evidence.clamp_(-_CLICK_LOG_ODDS, _CLICK_LOG_ODDS)
+    return maps[True], maps[False], evidence.clamp_(-_CLICK_LOG_ODDS, _CLICK_LOG_ODDS)

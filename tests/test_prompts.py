@@ -71,17 +71,14 @@ def test_the_previous_mask_is_signed_and_its_absence_is_zero() -> None:
 
 def test_clicks_on_other_objects_speak_against_this_one() -> None:
     seen = _channels(WindowPrompts(elsewhere=((4, 5, 6), (4, 6, 6), (-90, 5, 6))))
-    assert seen["other_clicks"][4, 5, 6] == 1 and seen["other_clicks"][12, 15, 20] < 1e-6
     assert seen["likelihood"][4, 5, 6] < -1
     assert not seen["negative_clicks"].any(), "the user said nothing about this object"
 
 
-def test_masks_of_other_objects_are_seen_and_lower_the_likelihood() -> None:
+def test_masks_of_other_objects_lower_the_likelihood() -> None:
     others = torch.zeros(1, *SHAPE)
     others[0, :8] = 1
     seen, before = _channels(WindowPrompts(), others=others), _channels(WindowPrompts())
-    assert torch.equal(seen["other_objects"], others[0])
-    assert not before["other_objects"].any()
     assert seen["likelihood"][:8].mean() < before["likelihood"][:8].mean() - 0.1
 
 

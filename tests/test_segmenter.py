@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.geometry import Window
 from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
+from inference.prompts import refiner_channels
 from inference.resampling import resample
 from inference.segmenter import Segmenter, to_voxels
 
@@ -173,19 +174,28 @@ def test_volumes_of_one_voxel_an_axis(shape: tuple[int, int, int]) -> None:
     assert labels.shape == shape and labels[middle] == 1
 
 
-class _Witness(Segmenter):
-    """Remembers what the network was shown of other objects, and draws ellipsoids."""
+class _Ellipsoids(Segmenter):
+    """Draws the ellipsoid in each box."""
 
     def __init__(self) -> None:
         super().__init__(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
-        self.masks: list[bool] = []
-        self.clicks: list[bool] = []
 
     def _network(self, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
-        seen = dict(zip(CHANNELS, channels.unbind(1), strict=True))
-        self.masks += seen["other_objects"].flatten(1).any(1).tolist()
-        self.clicks += (seen["other_clicks"] > 0.5).flatten(1).any(1).tolist()
         return 100 * channels[:, CHANNELS.index("ellipsoid")]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """Of every window: whether it shows masks of other objects, and clicks on them."""
+    windows: list[tuple[bool, bool]] = []
+
+    def watched(images, prompts, masks, known, coarse, others):  # type: ignore[no-untyped-def]
+        seen = others.flatten(1).any(1).tolist()
+        windows.extend((m, bool(p.elsewhere)) for m, p in zip(seen, prompts, strict=True))
+        return refiner_channels(images, prompts, masks, known, coarse, others)
+
+    monkeypatch.setattr("inference.segmenter.refiner_channels", watched)
+    return windows
 
 
 def _side_by_side(clicks: tuple[tuple[Click, ...], ...] = ((), ())) -> Case:
@@ -197,24 +207,39 @@ def _side_by_side(clicks: tuple[tuple[Click, ...], ...] = ((), ())) -> Case:
     return Case("pair.npz", image, (1.0, 1.0, 1.0), objects)
 
 
-def test_objects_know_of_each_others_masks_and_clicks() -> None:
-    witness = _Witness()
-    first = witness.segment_case(_side_by_side())
-    assert witness.masks == [False, False] and witness.clicks == [False, False]
-    witness.masks, witness.clicks = [], []
-    clicks = ((Click((20, 20, 27), True),), ())
-    witness.segment_case(dataclasses.replace(_side_by_side(clicks), previous=first))
-    assert witness.masks == [True, True], "the last round's masks"
-    assert witness.clicks == [False, True], "the second object sees the click on the first"
+def test_objects_know_of_each_others_masks_and_clicks(shown: list[tuple[bool, bool]]) -> None:
+    first = _Ellipsoids().segment_case(_side_by_side())
+    assert shown == [(False, False)] * 2
+    shown.clear()
+    case = _side_by_side(((Click((20, 20, 27), True),), ()))
+    _Ellipsoids().segment_case(dataclasses.replace(case, previous=first))
+    assert shown == [(True, False), (True, True)]
 
 
-def test_an_object_that_comes_later_meets_those_before() -> None:
-    witness, case = _Witness(), _side_by_side()
+def test_an_object_that_comes_later_meets_those_before(shown: list[tuple[bool, bool]]) -> None:
+    case = _side_by_side()
     alone = dataclasses.replace(case, objects=case.objects[:1])
-    first = witness.segment_case(alone)
-    witness.masks = []
-    labels = witness.segment_case(dataclasses.replace(case, previous=first))
-    assert witness.masks == [False, True] and set(np.unique(labels)) == {0, 1, 2}
+    first = _Ellipsoids().segment_case(alone)
+    shown.clear()
+    labels = _Ellipsoids().segment_case(dataclasses.replace(case, previous=first))
+    assert shown == [(False, False), (True, False)] and set(np.unique(labels)) == {0, 1, 2}
+
+
+def test_a_click_on_one_object_speaks_against_the_other() -> None:
+    """With the weights that ship; two objects of one grey, told apart by the click alone."""
+    image = np.full((40, 40, 60), 30, np.uint8)
+    image[12:28, 12:28, 12:48] = 200
+    first = ObjectPrompts(1, Box((12, 12, 12), (28, 28, 30), 20))
+    second = ObjectPrompts(2, Box((12, 12, 22), (28, 28, 48), 20), (Click((20, 20, 26), True),))
+    segmenter = Segmenter.from_files(device="cpu")
+    segmenter.set_image(image, (1.0, 1.0, 1.0))
+    near, means = np.s_[18:23, 18:23, 25:28], []
+    for objects in ([first], [first, second]):
+        result = next(segmenter.segment(objects))
+        logits = np.full(image.shape, -10, np.float32)
+        logits[result.place] = result.logits
+        means.append(logits[near].mean())
+    assert means[0] > 0 and means[1] < means[0] - 1, means
 
 
 class _Threshold(Segmenter):
@@ -287,5 +312,5 @@ def test_the_refiner_names_the_shape_it_cannot_take() -> None:
     refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1)))
     with pytest.raises(ValueError, match=r"received \(30, 32, 32\); accepted: multiples of 4"):
         refiner(torch.zeros(1, len(CHANNELS), 30, 32, 32))
-    with pytest.raises(ValueError, match=r"accepted: \(B, 11, D, H, W\)"):
+    with pytest.raises(ValueError, match=r"accepted: \(B, 9, D, H, W\)"):
         refiner(torch.zeros(1, 3, 32, 32, 32))

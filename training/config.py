@@ -39,7 +39,6 @@ class Config:
         box_scale: range of the window's edge in boxes.
         no_box: probability that an object comes without a box.
         sloppy_box: probability that each face of a box is off by some percent.
-        alone: probability that nothing is known of the objects beside it, for the refiner.
         zoom: probability of a close look at a part of a large object, with a mask given.
         synthetic, supervoxels, shapes: probabilities of an image painted on a label map, of a
             supervoxel of a real image as the object, and of a painted random shape.
@@ -104,7 +103,6 @@ class Config:
     box_scale: tuple[float, float] = (1.5, 2.2)
     no_box: float = 0.28
     sloppy_box: float = 0.0
-    alone: float = 0.3
     zoom: float = 0.35
     synthetic: float = 0.18
     supervoxels: float = 0.0
@@ -230,7 +228,7 @@ class Config:
 
 
 _PROBABILITIES = (
-    *("no_box", "sloppy_box", "alone", "zoom", "synthetic", "supervoxels", "shapes"),
+    *("no_box", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
     *("flip", "permute", "warp", "gamma", "inversion", "low_resolution", "blur", "shading"),
     *("noise", "click_slack", "no_click", "ema"),
 )

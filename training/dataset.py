@@ -32,8 +32,6 @@ class Sample:
         target: (D, H, W) bool.
         prompts: a box, or a first click.
         mask: (D, H, W) bool, a given earlier mask, or None.
-        others: (D, H, W) labels of the objects beside it, 0 for none, or None where nothing is
-            known of any.
         cell: edge lengths of a cell in voxels.
         source: where the object comes from, for the log.
     """
@@ -42,7 +40,6 @@ class Sample:
     target: Tensor
     prompts: WindowPrompts
     mask: Tensor | None
-    others: Tensor | None
     cell: Point
     source: str
 
@@ -123,19 +120,17 @@ class WindowDataset:
             if not chosen:
                 continue
             few = [plans[i] for i in chosen]
-            images, shares, labels = cut_windows(self.store, few, shown=not painted)
-            seen = labels.float() if images is None else images
-            chances = [Chance(plan.seed, seen.device) for plan in few]
-            pairs = [self._task(*one) for one in zip(few, seen, shares > 0.5, chances, strict=True)]
+            images, shares = cut_windows(self.store, few, shown=not painted)
+            chances = [Chance(plan.seed, images.device) for plan in few]
+            pairs = [
+                self._task(*one) for one in zip(few, images, shares > 0.5, chances, strict=True)
+            ]
             sizes = torch.stack([mask.sum() for _, mask in pairs]).tolist()
-            for i, plan, (image, mask), beside, chance, size in zip(
-                chosen, few, pairs, labels, chances, sizes, strict=True
+            for i, plan, (image, mask), chance, size in zip(
+                chosen, few, pairs, chances, sizes, strict=True
             ):
                 if size >= _SMALLEST_TARGET:
-                    others = None
-                    if plan.label and not chance.happens(self._config.alone):
-                        others = beside.long() * (beside != plan.label) * ~mask
-                    samples[i] = self._prompted(plan, image, mask, others, chance)
+                    samples[i] = self._prompted(plan, image, mask, chance)
         return samples
 
     def _task(
@@ -154,14 +149,12 @@ class WindowDataset:
             image = change_intensities(image, self._config, chance)
         return image, mask
 
-    def _prompted(
-        self, plan: Plan, image: Tensor, target: Tensor, others: Tensor | None, chance: Chance
-    ) -> Sample:
+    def _prompted(self, plan: Plan, image: Tensor, target: Tensor, chance: Chance) -> Sample:
         """Add the first prompts, and the mask that a close look begins with."""
         source = self.store.volumes[plan.volume].source
         if plan.kind in ("supervoxel", "shape"):
             source = f"Synthetic_{plan.kind}"
-        sample = Sample(image, target, WindowPrompts(), None, others, plan.cell, source)
+        sample = Sample(image, target, WindowPrompts(), None, plan.cell, source)
         if plan.zoomed:
             sample.mask = perturb_mask(target, chance)
         if plan.boxed:

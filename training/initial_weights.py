@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inference.model.refiner import Refiner, RefinerConfig, with_all_channels
+from inference.model.refiner import Refiner, RefinerConfig
 from inference.model.sam_med3d import SamMed3D, SamMed3DConfig, load_sam_med3d
 from inference.model.weights import find_weights, read_weights, split_prefix
 
@@ -160,5 +160,4 @@ def _read_network(
             f"{path}: no refiner in it (metadata {sorted(metadata)}); accepted: a bundle with "
             "'refiner' in its metadata, or a training checkpoint"
         )
-    tensors = with_all_channels(split_prefix(state, "refiner."))
-    return RefinerConfig.from_json(metadata["refiner"]), tensors
+    return RefinerConfig.from_json(metadata["refiner"]), split_prefix(state, "refiner.")

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from inference.prompts import WindowPrompts, refiner_channels
-from training.augmentation import Chance
 from training.click_simulation import next_clicks
 from training.config import Config
 from training.dataset import Sample, WindowDataset
 from training.losses import dice_score, segmentation_loss
-from training.neighbours import claimed, clicks_elsewhere
 from training.scores import Scores
 
 
@@ -28,7 +26,6 @@ class _Place:
     number: int  # of the window
     sample: Sample
     mask: Tensor | None
-    others: Tensor | None  # what other objects have by now
     left: int  # rounds, the next one included
     round: int
 
@@ -86,12 +83,9 @@ class RefinerRounds:
         masks = torch.stack(
             [torch.zeros_like(p.sample.target) if p.mask is None else p.mask for p in places]
         )
-        others = torch.stack(
-            [torch.zeros_like(p.sample.target) if p.others is None else p.others for p in places]
-        )
         known = masks.flatten(1).any(1).tolist()
         prompts = [p.sample.prompts for p in places]
-        channels = refiner_channels(images, prompts, masks.float(), known, others=others.float())
+        channels = refiner_channels(images, prompts, masks.float(), known)
         logits = self._network(channels).float()
         losses = segmentation_loss(logits, targets[:, None].float(), self._config)
         predicted = logits.detach()[:, 0] > 0
@@ -117,27 +111,7 @@ class RefinerRounds:
             rng = np.random.default_rng((self._config.seed, 2, number))
             rounds = int(rng.integers(1, self._config.rounds + 1))
             first = 0 if sample.prompts.box and sample.mask is None else 1
-            place = _Place(number, sample, sample.mask, None, rounds, first)
-            # An object that is added later meets the masks of those before.
-            masked = sample.mask is not None or bool(rng.random() < 0.5)
-            clicked = first == 1 and (sample.mask is None or bool(rng.random() < 0.5))
-            self._look_around(place, masked, clicked)
-            self._pool[slot] = place
-
-    def _look_around(self, place: _Place, masked: bool, clicked: bool) -> None:
-        """Renew what is known of other objects: their masks, and a round of clicks on them."""
-        others, prompts = place.sample.others, place.sample.prompts
-        if others is None:
-            return
-        rng = np.random.default_rng((self._config.seed, 6, place.number, place.round))
-        chance = Chance(int(rng.integers(2**62)), others.device)
-        if masked:
-            place.others = claimed(others, place.sample.target, place.mask, chance)
-        if clicked:
-            more = clicks_elsewhere(others, place.mask, chance)
-            place.sample.prompts = dataclasses.replace(
-                prompts, elsewhere=(*prompts.elsewhere, *more)
-            )
+            self._pool[slot] = _Place(number, sample, sample.mask, rounds, first)
 
     def _advance(
         self, places: list[_Place], predicted: Tensor, targets: Tensor, scores: Scores
@@ -170,8 +144,6 @@ class RefinerRounds:
             elif not quiet:
                 known = sample.prompts.clicks
                 sample.prompts = dataclasses.replace(sample.prompts, clicks=(*known, click))
-            if place.left:
-                self._look_around(place, masked=True, clicked=not quiet)
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on, as plain values and tensors."""
@@ -190,7 +162,6 @@ class RefinerRounds:
                 "sample": sample,
                 "prompts": dataclasses.asdict(place.sample.prompts),
                 "mask": _own(place.mask),
-                "others": _own(place.others),
                 "left": place.left,
                 "round": place.round,
             }
@@ -215,9 +186,9 @@ class RefinerRounds:
                     continue
                 values = {k: _moved(v, device) for k, v in entry["sample"].items()}
                 sample = Sample(prompts=WindowPrompts(**entry["prompts"]), **values)
-                mask, others = (_moved(entry[key], device) for key in ("mask", "others"))
+                mask = _moved(entry["mask"], device)
                 self._pool[slot] = _Place(
-                    entry["number"], sample, mask, others, entry["left"], entry["round"]
+                    entry["number"], sample, mask, entry["left"], entry["round"]
                 )
 
 

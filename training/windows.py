@@ -18,8 +18,8 @@ _CHUNK = {"cpu": 1}
 
 def cut_windows(
     store: VolumeStore, plans: Sequence[Plan], shown: bool = True
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Intensities, object and labels of each planned window.
+) -> tuple[Tensor, Tensor]:
+    """Intensities and object of each planned window.
 
     What ``grid_sample`` does for volumes of one size is done here for volumes of any sizes, which
     stay bytes: eight gathers from the store's buffers at places that rotation, shear, elastic
@@ -31,13 +31,13 @@ def cut_windows(
         shown: False where the volumes have no image.
 
     Returns:
-        Images (B, D, H, W) float32, 0..255, edges repeated outside, or None where not ``shown``;
-        the object's share of each cell, 0..1; and the label nearest to each cell, 0 outside.
+        Images (B, D, H, W) float32, 0..255, edges repeated outside; where ``shown`` is False the
+        nearest label instead. And the object's share of each cell, 0..1.
     """
     chunk = _CHUNK.get(store.device.type, len(plans))
     parts = [_cut(store, plans[i : i + chunk], shown) for i in range(0, len(plans), chunk)]
-    images, shares, labels = zip(*parts, strict=True)
-    return torch.cat(images) if shown else None, torch.cat(shares), torch.cat(labels)
+    images, masks = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(masks)
 
 
 def choose_level(levels: Sequence[Level], plan: Plan) -> Level:
@@ -56,10 +56,8 @@ def choose_level(levels: Sequence[Level], plan: Plan) -> Level:
     return min(levels, key=misfit)
 
 
-def _cut(
-    store: VolumeStore, plans: Sequence[Plan], shown: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    device = store.device
+def _cut(store: VolumeStore, plans: Sequence[Plan], shown: bool) -> tuple[Tensor, Tensor]:
+    device, edge = store.device, plans[0].edge
     levels = [choose_level(store.levels[plan.volume], plan) for plan in plans]
     place, inside = _places(store, plans, levels)
     shape = np.array([level.shape for level in levels])  # (B, 3)
@@ -87,11 +85,12 @@ def _cut(
         return (store.labels.take(at) == wanted).float()
 
     share = _interpolate(mask, index, steps, weight).mul_(inside)
+    if shown:
+        return _interpolate(image, index, steps, weight), share
     nearest = index.clone()
     for step, part in zip(steps, weight, strict=True):
         nearest += step * (part > 0.5)
-    labels = store.labels.take(nearest).mul_(inside > 0)
-    return _interpolate(image, index, steps, weight) if shown else None, share, labels
+    return store.labels.take(nearest).float().mul_(inside), share.reshape(-1, edge, edge, edge)
 
 
 def _places(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,6 @@ CHANNELS = (
     "middle_slice",
     "positive_clicks",
     "negative_clicks",
-    "other_clicks",
-    "other_objects",
 )
 _LIKELIHOOD = CHANNELS.index("likelihood")
 _PREVIOUS = CHANNELS.index("previous_mask")
@@ -153,7 +150,7 @@ class Refiner(nn.Module):
         """Segment windows.
 
         Args:
-            channels: (B, 11, D, H, W) in the order of :data:`CHANNELS`; D, H, W multiples of
+            channels: (B, 9, D, H, W) in the order of :data:`CHANNELS`; D, H, W multiples of
                 ``config.stride``.
 
         Returns:
@@ -207,14 +204,5 @@ def load_refiner(path: Path) -> Refiner:
         )
     with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
         model = Refiner(RefinerConfig.from_json(metadata["refiner"]))
-    load_state(model, with_all_channels(split_prefix(state, "refiner.")), str(path))
+    load_state(model, split_prefix(state, "refiner."), str(path))
     return model.eval()
-
-
-def with_all_channels(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A refiner's tensors; channels that came after it was trained count nothing."""
-    known = dict(state)
-    stem = known.get("stem.weight")
-    if stem is not None and stem.ndim == 5 and stem.shape[1] < len(CHANNELS):
-        known["stem.weight"] = F.pad(stem, (0,) * 7 + (len(CHANNELS) - stem.shape[1],))
-    return known

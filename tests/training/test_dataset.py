@@ -77,16 +77,6 @@ def test_a_close_look_begins_with_a_mask(folder: Path) -> None:
     assert 0.5 < np.mean(overlaps) < 0.99
 
 
-def test_the_objects_beside_are_known_or_none_is(folder: Path) -> None:
-    for sample in _dataset(folder, alone=0.0, synthetic=0.5).draw(range(30), 16):
-        assert sample.others is not None and not sample.others[sample.target].any()
-    labels = [s.others for s in _dataset(folder, alone=0.0, no_box=1.0).draw(range(30), 16)]
-    assert any(len(o.unique()) > 1 for o in labels if o is not None), "several are in sight"
-    assert all(s.others is None for s in _dataset(folder, alone=1.0).draw(range(10), 16))
-    made_up = _dataset(folder, alone=0.0, synthetic=0.0, supervoxels=1.0).draw(range(10), 16)
-    assert all(s.others is None for s in made_up)
-
-
 def test_a_number_always_gives_the_same_sample(folder: Path) -> None:
     values = {"synthetic": 0.3, "supervoxels": 0.2, "shapes": 0.2, "warp": 0.5}
     dataset = _dataset(folder, **values)
