@@ -52,7 +52,6 @@ def refiner_channels(
     previous: Tensor,
     has_previous: Sequence[bool],
     coarse: Tensor | None = None,
-    others: Tensor | None = None,
 ) -> Tensor:
     """Input of the refiner (model/refiner.py, ``CHANNELS``) for a batch of windows.
 
@@ -62,8 +61,6 @@ def refiner_channels(
         previous: (B, D, H, W) the previous mask, 0..1; ignored where ``has_previous`` is False.
         has_previous: B flags.
         coarse: (B, D, H, W) logits of a coarse stage, or None.
-        others: (B, D, H, W) mask of what other objects have so far, 0..1, or None; it speaks
-            through the likelihood.
 
     Returns:
         (B, 9, D, H, W) float32.
@@ -84,8 +81,7 @@ def refiner_channels(
         negatives.append(negative)
         priors.append(shape + evidence)
     shape_prior = torch.stack(shapes)
-    taken = torch.zeros_like(hard) if others is None else (others > 0.5).float()
-    prior = torch.stack(priors) + _PREVIOUS_WEIGHT * (signed - taken)
+    prior = torch.stack(priors) + _PREVIOUS_WEIGHT * signed
     # The first histograms come from the previous mask where there is one.
     start = torch.where(has, 0.9 * hard + 0.05, prior.sigmoid())
     likelihood = likelihood_log_odds(z_scores, prior, start)

@@ -20,11 +20,12 @@ from inference.model.refiner import CHANNELS, Refiner, load_refiner
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast, choose_device
-from inference.prompts import WindowPrompts, refiner_channels, shifted, window_prompts
+from inference.prompts import refiner_channels, shifted, window_prompts
 from inference.refinement import (
     FIRST_LOOKS,
     ObjectLogits,
     bounding_box,
+    bounding_boxes,
     fine_shape,
     first_windows,
     grown_window,
@@ -35,7 +36,6 @@ from inference.refinement import (
 )
 from inference.resampling import resample, to_tensor, transfer
 from inference.sliding_window import Tile, sliding_window, tile_grid
-from inference.surroundings import Surroundings
 
 Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 
@@ -63,17 +63,12 @@ class _Look:
 
     prompts: ObjectPrompts
     window: Window
-    around: Surroundings
+    previous: tuple[Triple, Triple] | None
+    elsewhere: Sequence[Triple]  # where users clicked on other objects
     growths: int = 0
     resized: bool = False
     coarse: tuple[Window, Tensor] | None = None  # what SAM-Med3D saw and said
     logits: Tensor | None = None  # (D, H, W) in the window's grid
-
-    def prompts_in(self, window: Window) -> WindowPrompts:
-        return window_prompts(self.prompts, window, self.around.elsewhere(self.prompts.label))
-
-    def others_in(self, window: Window) -> Tensor:
-        return self.around.others(window, self.prompts.label)
 
 
 class Segmenter:
@@ -164,12 +159,10 @@ class Segmenter:
     def segment(
         self, objects: Sequence[ObjectPrompts], previous: NDArray[np.uint8] | None = None
     ) -> Iterator[ObjectLogits]:
-        """Segment objects of the image, each in a window of its own.
-
-        A click on one object speaks against the others, and so does its mask of the last round.
+        """Segment objects of the image, each by itself but for clicks: those on others count, too.
 
         Args:
-            objects: all that are known of, with what is known of each; empty ones are left out.
+            objects: what is known of each; empty ones are left out.
             previous: (D, H, W) label map of the last round, or None.
 
         Yields:
@@ -180,33 +173,42 @@ class Segmenter:
         """
         if self._image is None:
             raise ValueError("no image is set; call set_image first")
-        wanted = [o for o in objects if not o.is_empty]
-        tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
-        around = Surroundings(wanted, previous, self.device)
         cells = 1 if self._refiner is None else self._refiner.config.window**3
         batch = windows_at_once(self.device, cells)
-        if any(o.box is None and around.box(o.label) is None for o in wanted):
+        wanted = [o for o in objects if not o.is_empty]
+        tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
+        known = {} if previous is None else bounding_boxes(previous)
+        if any(o.box is None and o.label not in known for o in wanted):
             batch = max(1, batch // len(FIRST_LOOKS))
+        clicks = [(o.label, c.position) for o in wanted for c in o.clicks if c.positive]
         for i in range(0, len(wanted), batch):
-            parts = [self._begin(prompts, around) for prompts in wanted[i : i + batch]]
+            parts = [
+                self._begin(prompts, previous, known.get(prompts.label), clicks)
+                for prompts in wanted[i : i + batch]
+            ]
             if self._refiner is not None:
-                self._look(self._refiner, [look for looks in parts for look in looks])
+                self._look(self._refiner, [look for looks in parts for look in looks], previous)
             for looks in parts:
                 yield self._finish(looks, tiles)
 
-    def _begin(self, prompts: ObjectPrompts, around: Surroundings) -> list[_Look]:
+    def _begin(
+        self,
+        prompts: ObjectPrompts,
+        previous: NDArray[np.uint8] | None,
+        before: tuple[Triple, Triple] | None,
+        clicks: Sequence[tuple[int, Triple]],
+    ) -> list[_Look]:
         """Choose an object's first windows and, where there is SAM-Med3D, ask it in one of them."""
         edge = _EDGE if self._refiner is None else self._refiner.config.window
-        shape = (edge, edge, edge)
-        before = around.box(prompts.label)
-        windows = first_windows(prompts, before, self._volume, self._spacing_mm, shape)
-        looks = [_Look(prompts, window, around) for window in windows]
+        windows = first_windows(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
+        elsewhere = [place for label, place in clicks if label != prompts.label]
+        looks = [_Look(prompts, window, before, elsewhere) for window in windows]
         if self._coarse is not None:
             window = self._coarse.window(windows[0], self._spacing_mm)
-            mask = around.mask(window, prompts.label)
+            mask = self._previous_cells(window, looks[0], previous)
             logits = self._coarse.logits(self._cells(window), window, prompts, mask)
             if self._refiner is None:
-                return [_Look(prompts, window, around, logits=logits)]
+                return [_Look(prompts, window, before, (), logits=logits)]
             for look in looks:
                 look.coarse = window, logits
         return looks
@@ -217,11 +219,13 @@ class Segmenter:
         D, H, W = self._image.shape
         return D, H, W
 
-    def _look(self, refiner: Refiner, looks: Sequence[_Look]) -> None:
+    def _look(
+        self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
+    ) -> None:
         """Run the network on the looks' windows, growing and shrinking them until they fit."""
         pending = list(looks)
         while pending:
-            logits = in_parts(lambda some: self._run(refiner, some), pending)
+            logits = in_parts(lambda some: self._run(refiner, some, previous), pending)
             again = []
             for look, values in zip(pending, logits, strict=True):
                 look.logits = values
@@ -260,12 +264,14 @@ class Segmenter:
         look.window = closer
         return True
 
-    def _run(self, refiner: Refiner, looks: Sequence[_Look]) -> Tensor:
+    def _run(
+        self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
+    ) -> Tensor:
         """Logits (B, D, H, W) of the looks in their windows."""
         images = torch.cat([self._cells(look.window) for look in looks])
         coarse, masks, known = torch.zeros_like(images), torch.zeros_like(images), []
         for i, look in enumerate(looks):
-            mask = look.around.mask(look.window, look.prompts.label)
+            mask = self._previous_cells(look.window, look, previous)
             if look.coarse is not None:
                 source, logits = look.coarse
                 seen = transfer(logits[None], source, look.window, fill=-6.0)
@@ -276,9 +282,8 @@ class Segmenter:
             known.append(mask is not None)
             if mask is not None:
                 masks[i] = mask[0]
-        prompts = [look.prompts_in(look.window) for look in looks]
-        others = torch.cat([look.others_in(look.window) for look in looks])
-        channels = refiner_channels(images, prompts, masks, known, coarse, others)
+        prompts = [window_prompts(look.prompts, look.window, look.elsewhere) for look in looks]
+        channels = refiner_channels(images, prompts, masks, known, coarse)
         logits = self._network(refiner, channels)
         boxed = [look.prompts.box is not None for look in looks]
         trust = torch.tensor(
@@ -301,6 +306,16 @@ class Segmenter:
         assert self._image is not None
         return resample(to_tensor(window.crop(self._image, edge=True), self.device), window.shape)
 
+    def _previous_cells(
+        self, window: Window, look: _Look, previous: NDArray[np.uint8] | None
+    ) -> Tensor | None:
+        """The object's previous mask in a window's grid, (1, D, H, W) 0/1, or None."""
+        if previous is None or look.previous is None:
+            return None
+        voxels = (window.crop(previous) == look.prompts.label).astype(np.uint8)
+        mask = resample(to_tensor(voxels, self.device), window.shape) > 0.5
+        return mask.float() if bool(mask.any()) else None
+
     def _finish(self, looks: Sequence[_Look], tiles: int) -> ObjectLogits:
         """One object out of its looks."""
         if len(looks) == 1:
@@ -318,8 +333,7 @@ class Segmenter:
             shape = fine_shape(window, _TILE, tiles, self._refiner.config.stride)
             if np.prod(shape) > 1.5 * np.prod(window.shape):
                 window, logits = self._second_pass(self._refiner, look, shape)
-        alone = look.prompts.box is not None and not look.prompts.clicks
-        if alone and look.around.box(look.prompts.label) is None:
+        if look.prompts.box is not None and look.previous is None and not look.prompts.clicks:
             logits = logits + _BOX_ALONE
         return to_voxels(logits, window, look.prompts.label, self._volume, floor)
 
@@ -333,7 +347,7 @@ class Segmenter:
         coarse = torch.zeros_like(image)
         if look.coarse is not None and refiner.config.coarse:
             coarse = transfer(look.coarse[1][None], look.coarse[0], fine, fill=-6.0)[0]
-        prompts, others = look.prompts_in(fine), look.others_in(fine)[0]
+        prompts = window_prompts(look.prompts, fine, look.elsewhere)
         z, y, x = (min(_TILE, n) for n in shape)
         tiles = [t for t in tile_grid(shape, (z, y, x)) if 0 < float(mask[t].mean()) < 1]
 
@@ -344,7 +358,6 @@ class Segmenter:
                 torch.stack([mask[p] for p in places]),
                 [True] * len(places),
                 torch.stack([coarse[p] for p in places]),
-                torch.stack([others[p] for p in places]),
             )
             return self._network(refiner, channels)
 

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.geometry import Window
 from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
-from inference.prompts import refiner_channels
 from inference.resampling import resample
 from inference.segmenter import Segmenter, to_voxels
 
@@ -172,57 +171,6 @@ def test_volumes_of_one_voxel_an_axis(shape: tuple[int, int, int]) -> None:
     case = Case("thin.npz", image, SPACING_MM, (ObjectPrompts(1, box, (Click(middle, True),)),))  # type: ignore[arg-type]
     labels = _segmenter().segment_case(case)
     assert labels.shape == shape and labels[middle] == 1
-
-
-class _Ellipsoids(Segmenter):
-    """Draws the ellipsoid in each box."""
-
-    def __init__(self) -> None:
-        super().__init__(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
-
-    def _network(self, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
-        return 100 * channels[:, CHANNELS.index("ellipsoid")]
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
-    """Of every window: whether it shows masks of other objects, and clicks on them."""
-    windows: list[tuple[bool, bool]] = []
-
-    def watched(images, prompts, masks, known, coarse, others):  # type: ignore[no-untyped-def]
-        seen = others.flatten(1).any(1).tolist()
-        windows.extend((m, bool(p.elsewhere)) for m, p in zip(seen, prompts, strict=True))
-        return refiner_channels(images, prompts, masks, known, coarse, others)
-
-    monkeypatch.setattr("inference.segmenter.refiner_channels", watched)
-    return windows
-
-
-def _side_by_side(clicks: tuple[tuple[Click, ...], ...] = ((), ())) -> Case:
-    """Two bright cubes so close that each lies in the other's window."""
-    image = np.full((40, 40, 60), 30, np.uint8)
-    image[12:28, 12:28, 12:28] = image[12:28, 12:28, 32:48] = 200
-    boxes = (Box((12, 12, 12), (28, 28, 28), 20), Box((12, 12, 32), (28, 28, 48), 40))
-    objects = tuple(ObjectPrompts(k + 1, boxes[k], clicks[k]) for k in range(2))
-    return Case("pair.npz", image, (1.0, 1.0, 1.0), objects)
-
-
-def test_objects_know_of_each_others_masks_and_clicks(shown: list[tuple[bool, bool]]) -> None:
-    first = _Ellipsoids().segment_case(_side_by_side())
-    assert shown == [(False, False)] * 2
-    shown.clear()
-    case = _side_by_side(((Click((20, 20, 27), True),), ()))
-    _Ellipsoids().segment_case(dataclasses.replace(case, previous=first))
-    assert shown == [(True, False), (True, True)]
-
-
-def test_an_object_that_comes_later_meets_those_before(shown: list[tuple[bool, bool]]) -> None:
-    case = _side_by_side()
-    alone = dataclasses.replace(case, objects=case.objects[:1])
-    first = _Ellipsoids().segment_case(alone)
-    shown.clear()
-    labels = _Ellipsoids().segment_case(dataclasses.replace(case, previous=first))
-    assert shown == [(False, False), (True, False)] and set(np.unique(labels)) == {0, 1, 2}
 
 
 def test_a_click_on_one_object_speaks_against_the_other() -> None:
