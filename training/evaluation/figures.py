@@ -127,6 +127,35 @@ def case_scatter(results: Sequence[CaseResult]) -> str:
         return _svg(figure)
 
 
+def reliability(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Frequency of the object against probability, a curve a modality.
+
+    Args:
+        rows: of ``reliability.csv``.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(5.6, 3.8))
+        for number, name in enumerate(dict.fromkeys(row["modality"] for row in rows)):
+            known = [r for r in rows if r["modality"] == name and r["frequency"] not in ("", None)]
+            across, up, share = (
+                [float(row[key]) for row in known] for key in ("probability", "frequency", "share")
+            )
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot(across, up, color=colour, linewidth=1)
+            axes.scatter(
+                across,
+                up,
+                s=[8 + 60 * s for s in share],
+                color=colour,
+                marker=_MARKERS[number % len(_MARKERS)],
+                linewidths=0,
+                label=name,
+            )
+        _diagonal(axes, "probability", "frequency")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        return _svg(figure)
+
+
 def difference_scatter(difference: Difference, ours: str, theirs: str) -> str:
     """Our score against theirs, a point a case."""
     with plt.rc_context(_STYLE):

@@ -41,7 +41,7 @@ def write_report(
     runs: Sequence[RunFolder],
     differences: Mapping[str, Sequence[Difference]],
 ) -> None:
-    """Write the page, with the ablation of post-processing where its table lies beside the page.
+    """Write the page, with post-processing's ablation and reliability where their tables lie there.
 
     Args:
         path: the file.
@@ -60,6 +60,9 @@ def write_report(
     ablation = path.with_name("ablation.csv")
     if ablation.is_file():
         parts.append(_ablation(read_csv(ablation)))
+    reliability = path.with_name("reliability.csv")
+    if reliability.is_file():
+        parts.append(_reliability(read_csv(reliability)))
     for run in runs:
         if run.name in results:
             parts.append(_run(run, results[run.name], differences.get(run.name, ())))
@@ -145,6 +148,24 @@ def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
         lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows)
         parts.append(_html_table(table.header, [f"<tr>{line}</tr>" for line in lines]))
     return "\n".join(parts)
+
+
+def _reliability(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether probabilities are what they say."""
+    errors = {row["modality"]: f"{row['modality']} {float(row['error']):.3f}" for row in rows}
+    return "\n".join(
+        (
+            "<h2>Reliability of probabilities</h2>",
+            '<p class="note">Voxels of each object\'s cut-out by tenths of probability, before '
+            "post-processing, all rounds; each object counts as one. Expected calibration error: "
+            f"{html.escape(', '.join(errors.values()))}.</p>",
+            _figure(
+                figures.reliability(rows),
+                "How often voxels of a probability belong to the object: on the line, if it is "
+                "what it says. The larger a point, the more voxels.",
+            ),
+        )
+    )
 
 
 def _run(run: RunFolder, results: Sequence[CaseResult], differences: Sequence[Difference]) -> str:
