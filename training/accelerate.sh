@@ -1,7 +1,7 @@
 #!/bin/sh
 # From an archive of training.pack to a weights file and its figures, on one machine, in one go:
 #   PYTHON=python3 sh training/accelerate.sh DATA.tar.xz OUT MINUTES [training.train's switches]
-# DATA holds the folders train, label_maps and val. Start it again with the same OUT and it goes on
+# DATA holds the folders train, label_maps and, to be judged at once, val. Start it again with the same OUT and it goes on
 # where it was. OUT/weights.safetensors is the result; OUT/box and OUT/nobox hold its figures.
 set -eu
 data=$1 out=$2 minutes=$3
@@ -12,6 +12,7 @@ tar -xf "$data" -C "$out/data"
 $python -m training.train --config training/configs/gpu.yaml --data "$out/data/train" \
     --label-maps "$out/data/label_maps" --out "$out" --resume --set "minutes=$minutes" "$@"
 $python -m training.export --checkpoint "$out/checkpoint.pt" --out "$out/weights.safetensors"
+[ -d "$out/data/val" ] || exit 0
 for boxes in "box" "nobox --no-boxes"; do
     # shellcheck disable=SC2086  # two words on purpose
     $python -m training.evaluation.evaluate --cases "$out/data/val" --force \
