@@ -1,7 +1,8 @@
 #!/bin/sh
 # From an archive of training.pack to a weights file and its figures, on one machine, in one go:
 #   PYTHON=python3 sh training/accelerate.sh DATA.tar.xz OUT MINUTES [training.train's switches]
-# DATA holds the folders train, label_maps and, to be judged at once, val. Start it again with the same OUT and it goes on
+# DATA holds the folders train, label_maps and, to be judged at once, val. Start it again with the same
+# OUT and it goes on
 # where it was. OUT/weights.safetensors is the result; OUT/box and OUT/nobox hold its figures.
 set -eu
 data=$1 out=$2 minutes=$3
