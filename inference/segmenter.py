@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from inference.case import Case, ObjectPrompts
 from inference.coarse import CoarseStage
 from inference.consensus import FLOOR, consensus
 from inference.geometry import Triple, Window
+from inference.look import Look
 from inference.memory import in_parts, is_out_of_memory, release_memory, windows_at_once
 from inference.model.refiner import CHANNELS, Refiner, load_refiner
 from inference.model.sam_med3d import load_sam_med3d
@@ -24,15 +24,12 @@ from inference.prompts import refiner_channels, shifted, window_prompts
 from inference.refinement import (
     FIRST_LOOKS,
     ObjectLogits,
-    bounding_box,
     bounding_boxes,
     fine_shape,
     first_windows,
-    grown_window,
     honour_clicks,
     merge,
     to_voxels,
-    touched_faces,
 )
 from inference.resampling import resample, to_tensor, transfer
 from inference.sliding_window import Tile, sliding_window, tile_grid
@@ -53,22 +50,6 @@ _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
 _TILE = 128  # cells, edge of a window of the second pass
 _TILES = 4  # of one object's second pass at most
 _TILES_PER_CASE = 100  # of all objects together, the challenge's time limit in view
-_GROWTHS_WITH_BOX = 2
-_GROWTHS_WITHOUT_BOX = 6
-
-
-@dataclass
-class _Look:
-    """One object while its window is still being chosen."""
-
-    prompts: ObjectPrompts
-    window: Window
-    previous: tuple[Triple, Triple] | None
-    elsewhere: Sequence[Triple]  # where users clicked on other objects
-    growths: int = 0
-    resized: bool = False
-    coarse: tuple[Window, Tensor] | None = None  # what SAM-Med3D saw and said
-    logits: Tensor | None = None  # (D, H, W) in the window's grid
 
 
 class Segmenter:
@@ -197,18 +178,18 @@ class Segmenter:
         previous: NDArray[np.uint8] | None,
         before: tuple[Triple, Triple] | None,
         clicks: Sequence[tuple[int, Triple]],
-    ) -> list[_Look]:
+    ) -> list[Look]:
         """Choose an object's first windows and, where there is SAM-Med3D, ask it in one of them."""
         edge = _EDGE if self._refiner is None else self._refiner.config.window
         windows = first_windows(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
         elsewhere = [place for label, place in clicks if label != prompts.label]
-        looks = [_Look(prompts, window, before, elsewhere) for window in windows]
+        looks = [Look(prompts, window, before, elsewhere) for window in windows]
         if self._coarse is not None:
             window = self._coarse.window(windows[0], self._spacing_mm)
             mask = self._previous_cells(window, looks[0], previous)
             logits = self._coarse.logits(self._cells(window), window, prompts, mask)
             if self._refiner is None:
-                return [_Look(prompts, window, before, (), logits=logits)]
+                return [Look(prompts, window, before, (), logits=logits)]
             for look in looks:
                 look.coarse = window, logits
         return looks
@@ -220,7 +201,7 @@ class Segmenter:
         return D, H, W
 
     def _look(
-        self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
+        self, refiner: Refiner, looks: Sequence[Look], previous: NDArray[np.uint8] | None
     ) -> None:
         """Run the network on the looks' windows, growing and shrinking them until they fit."""
         pending = list(looks)
@@ -229,43 +210,12 @@ class Segmenter:
             again = []
             for look, values in zip(pending, logits, strict=True):
                 look.logits = values
-                if self._rewindow(look):
+                if look.rewindow(self._volume, self._spacing_mm):
                     again.append(look)
             pending = again
 
-    def _rewindow(self, look: _Look) -> bool:
-        """Choose a better window where the prediction does not suit this one."""
-        assert look.logits is not None
-        mask = (look.logits > 0).cpu().numpy()
-        boxed = look.prompts.box is not None
-        faces = touched_faces(mask, look.window, self._volume)
-        limit = _GROWTHS_WITH_BOX if boxed else _GROWTHS_WITHOUT_BOX
-        if any(a or b for a, b in faces) and look.growths < limit and not look.resized:
-            look.growths += 1
-            look.window = grown_window(look.window, faces, self._volume)
-            return True
-        if boxed or look.resized:
-            return False
-        # Without a box the object's own size is known only now: look once more, closer.
-        look.resized = True
-        box = bounding_box(mask)
-        if box is None:
-            return False
-        low = look.window.to_volume([a - 0.5 for a in box[0]])
-        high = look.window.to_volume([b - 0.5 for b in box[1]])
-        z0, y0, x0 = (int(np.floor(v + 0.5)) for v in low)
-        z1, y1, x1 = (int(np.ceil(v + 0.5)) for v in high)
-        found = (z0, y0, x0), (z1, y1, x1)
-        (closer,) = first_windows(
-            look.prompts, found, self._volume, self._spacing_mm, look.window.shape
-        )
-        if all(0.8 < a / b < 1.25 for a, b in zip(closer.size, look.window.size, strict=True)):
-            return False
-        look.window = closer
-        return True
-
     def _run(
-        self, refiner: Refiner, looks: Sequence[_Look], previous: NDArray[np.uint8] | None
+        self, refiner: Refiner, looks: Sequence[Look], previous: NDArray[np.uint8] | None
     ) -> Tensor:
         """Logits (B, D, H, W) of the looks in their windows."""
         images = torch.cat([self._cells(look.window) for look in looks])
@@ -307,7 +257,7 @@ class Segmenter:
         return resample(to_tensor(window.crop(self._image, edge=True), self.device), window.shape)
 
     def _previous_cells(
-        self, window: Window, look: _Look, previous: NDArray[np.uint8] | None
+        self, window: Window, look: Look, previous: NDArray[np.uint8] | None
     ) -> Tensor | None:
         """The object's previous mask in a window's grid, (1, D, H, W) 0/1, or None."""
         if previous is None or look.previous is None:
@@ -316,7 +266,7 @@ class Segmenter:
         mask = resample(to_tensor(voxels, self.device), window.shape) > 0.5
         return mask.float() if bool(mask.any()) else None
 
-    def _finish(self, looks: Sequence[_Look], tiles: int) -> ObjectLogits:
+    def _finish(self, looks: Sequence[Look], tiles: int) -> ObjectLogits:
         """One object out of its looks."""
         if len(looks) == 1:
             result = self._voxels(looks[0], tiles)
@@ -325,7 +275,7 @@ class Segmenter:
             result = consensus([self._voxels(look, share, FLOOR) for look in looks])
         return honour_clicks(result, looks[0].prompts.clicks)
 
-    def _voxels(self, look: _Look, tiles: int, floor: float = 0.0) -> ObjectLogits:
+    def _voxels(self, look: Look, tiles: int, floor: float = 0.0) -> ObjectLogits:
         """Second pass where the grid is coarser than the volume, then voxels."""
         assert look.logits is not None
         window, logits = look.window, look.logits
@@ -337,7 +287,7 @@ class Segmenter:
             logits = logits + _BOX_ALONE
         return to_voxels(logits, window, look.prompts.label, self._volume, floor)
 
-    def _second_pass(self, refiner: Refiner, look: _Look, shape: Triple) -> tuple[Window, Tensor]:
+    def _second_pass(self, refiner: Refiner, look: Look, shape: Triple) -> tuple[Window, Tensor]:
         """Look at the boundary again, at a finer grid of ``shape`` cells over the same window."""
         assert look.logits is not None
         fine = Window(look.window.start, look.window.stop, shape)

@@ -1,0 +1,78 @@
+"""A look: one object in one window, chosen anew until the prediction suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from inference.case import ObjectPrompts
+from inference.geometry import Triple, Window
+from inference.refinement import bounding_box, first_windows, grown_window, touched_faces
+
+_GROWTHS_WITH_BOX = 2
+_GROWTHS_WITHOUT_BOX = 6
+
+
+@dataclass
+class Look:
+    """One object while its window is still being chosen.
+
+    Attributes:
+        prompts: of the object.
+        window: the current one.
+        previous: bounding box of the object's mask of the last round, or None.
+        elsewhere: voxels (z, y, x) where users clicked on other objects.
+        growths: how often the window has grown.
+        resized: whether it was chosen anew for the size found.
+        coarse: SAM-Med3D's window and its logits there, or None.
+        logits: (D, H, W) in the window's grid, once the network has been asked.
+    """
+
+    prompts: ObjectPrompts
+    window: Window
+    previous: tuple[Triple, Triple] | None
+    elsewhere: Sequence[Triple]
+    growths: int = 0
+    resized: bool = False
+    coarse: tuple[Window, Tensor] | None = None
+    logits: Tensor | None = None
+
+    def rewindow(self, volume: Triple, spacing_mm: tuple[float, float, float]) -> bool:
+        """Choose a better window where the prediction does not suit this one.
+
+        Args:
+            volume: its size.
+            spacing_mm: (z, y, x).
+
+        Returns:
+            Whether the window is another one, in which the network has to look again.
+        """
+        assert self.logits is not None
+        mask = (self.logits > 0).cpu().numpy()
+        boxed = self.prompts.box is not None
+        faces = touched_faces(mask, self.window, volume)
+        limit = _GROWTHS_WITH_BOX if boxed else _GROWTHS_WITHOUT_BOX
+        if any(a or b for a, b in faces) and self.growths < limit and not self.resized:
+            self.growths += 1
+            self.window = grown_window(self.window, faces, volume)
+            return True
+        if boxed or self.resized:
+            return False
+        # Without a box the object's own size is known only now: look once more, closer.
+        self.resized = True
+        box = bounding_box(mask)
+        if box is None:
+            return False
+        low = self.window.to_volume([a - 0.5 for a in box[0]])
+        high = self.window.to_volume([b - 0.5 for b in box[1]])
+        z0, y0, x0 = (int(np.floor(v + 0.5)) for v in low)
+        z1, y1, x1 = (int(np.ceil(v + 0.5)) for v in high)
+        found = (z0, y0, x0), (z1, y1, x1)
+        (closer,) = first_windows(self.prompts, found, volume, spacing_mm, self.window.shape)
+        if all(0.8 < a / b < 1.25 for a, b in zip(closer.size, self.window.size, strict=True)):
+            return False
+        self.window = closer
+        return True
