@@ -74,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path, "HOME": "/nonexistent"},  # nothing is left there
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=300,
     )
     return folder, done

@@ -153,7 +153,9 @@ def test_sam_med3d_runs_from_the_command_line(
     folders = ["--inputs", str(tmp_path / "in"), "--outputs", str(tmp_path / "out")]
     command = ["sh", str(CHECKOUT / "predict.sh"), *folders, *words]
     environment = {**os.environ, "PYTHON": sys.executable}
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    run = subprocess.run(
+        command, capture_output=True, encoding="utf-8", check=False, env=environment
+    )
     assert run.returncode == 0 and run.stderr == "", run.stderr
     with np.load(tmp_path / "out" / "CT_a.npz") as result:
         assert result["segs"].shape == (24, 40, 36) and result["segs"].dtype == np.uint8

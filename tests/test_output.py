@@ -80,7 +80,9 @@ def test_the_archive_is_sound(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("unzip") is None, reason="no unzip here")
 def test_unzip_finds_nothing_wrong(tmp_path: Path) -> None:
     save_segmentation(tmp_path / "a.npz", LABELS)
-    result = subprocess.run(["unzip", "-t", "a.npz"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        ["unzip", "-t", "a.npz"], cwd=tmp_path, capture_output=True, encoding="utf-8"
+    )
     assert result.returncode == 0 and "No errors detected" in result.stdout, result
 
 

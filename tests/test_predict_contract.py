@@ -97,7 +97,7 @@ def predict_sh(*arguments: object, cwd: Path, command: list[str]) -> subprocess.
         cwd=cwd,
         env=os.environ | {"PYTHON": sys.executable},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
 
 

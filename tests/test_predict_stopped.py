@@ -58,7 +58,7 @@ def process(tmp_path: Path, hang: bool) -> Iterator[subprocess.Popen[str]]:
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     ) as process:
         try:
             yield process

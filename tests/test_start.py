@@ -36,7 +36,7 @@ print(*sorted(set({DEAR}) & (set(sys.modules) - before)))
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert done.stdout.split() == []
@@ -54,7 +54,10 @@ def test_help_and_wrong_arguments_load_nothing_heavy() -> None:
         print(*sorted({"numpy", "scipy", "torch", "cc3d"} & set(sys.modules)), file=sys.stderr)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=CHECKOUT, capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        encoding="utf-8",
     )
     assert "--inputs" in done.stdout
     assert done.stderr.splitlines()[-1] == ""

@@ -44,7 +44,9 @@ def main() -> None:
     options = parser.parse_args()
     command = ["docker", "run", "--rm", "--network", "none", "--user", "0", options.image, "sh"]
     try:
-        done = subprocess.run([*command, "-c", SCRIPT], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [*command, "-c", SCRIPT], capture_output=True, encoding="utf-8", check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         reason = " ".join((getattr(error, "stderr", "") or str(error)).split())
         print(f"no image {options.image} to measure: {reason}")

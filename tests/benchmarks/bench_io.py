@@ -89,7 +89,7 @@ def main() -> int:
             output = subprocess.run(
                 [*command, "--measure", str(folder), action],
                 stdout=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
                 check=True,
             ).stdout.split()
             found[action] = (*map(float, output[:3]), int(output[3]))

@@ -41,7 +41,7 @@ def measure_container(folder: Path, image: str) -> tuple[float, float]:
     command = ["docker", "run", "--rm", "--network", "none", "-v", f"{folder}:/workspace/inputs:ro"]
     command += ["-v", f"{folder}/out:/workspace/outputs", image, "sh", "-c", SCRIPT]
     started = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return time.perf_counter() - started, int(done.stdout) / 1e9
 
 

@@ -39,7 +39,7 @@ def image() -> str:
 def inside(image: str, script: str) -> list[str]:
     """Lines that a shell script prints in the image, as root."""
     command = ["docker", "run", "--rm", "--network", "none", "--user", "0", image, "sh", "-c"]
-    done = subprocess.run([*command, script], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, script], capture_output=True, encoding="utf-8", check=True)
     return done.stdout.splitlines()
 
 
@@ -85,7 +85,7 @@ def run_image(
         ["docker", "run", "--rm", "--network", "none", *mounts, *options, image, *command],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=300,
     )
 

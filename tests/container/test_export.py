@@ -25,7 +25,7 @@ MOST_BYTES = 450_000_000
 def archive(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "team.tar.gz"
     command = ["make", "--no-print-directory", "archive", f"IMAGE={image}", f"ARCHIVE={path}"]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert f"{digest}  {path}" in done.stdout.splitlines()

@@ -39,7 +39,9 @@ def _git(*arguments: str) -> list[str] | None:
     """Lines that git says of the checkout; None where it is no repository."""
     command = ["git", "-c", "safe.directory=*", *arguments]
     try:
-        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=CHECKOUT, capture_output=True, encoding="utf-8", check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.splitlines()
@@ -47,7 +49,7 @@ def _git(*arguments: str) -> list[str] | None:
 
 def test_configuration(image: str) -> None:
     done = subprocess.run(
-        ["docker", "image", "inspect", image], capture_output=True, text=True, check=True
+        ["docker", "image", "inspect", image], capture_output=True, encoding="utf-8", check=True
     )
     config = json.loads(done.stdout)[0]["Config"]
     assert config["User"] == "segmenter"
@@ -85,7 +87,7 @@ def test_nothing_that_only_builds_or_tests_packages_is_in_it(image: str) -> None
 
 def test_a_cpu_image_is_small(image: str, cpu_only: None) -> None:
     command = ["docker", "image", "inspect", "--format", "{{.Size}}", image]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     assert int(done.stdout) <= MOST_BYTES
 
 

@@ -365,7 +365,7 @@ def test_loading_imports_nothing_more(small: SamMed3D, tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(path)],
         cwd=CHECKOUT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     modules = set(done.stdout.split())

@@ -90,7 +90,7 @@ def run(clone: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
         "PYTHON": sys.executable,
     }
     return subprocess.run(
-        words, cwd=clone, env=environment, capture_output=True, text=True, check=False
+        words, cwd=clone, env=environment, capture_output=True, encoding="utf-8", check=False
     )
 
 
@@ -145,7 +145,7 @@ def test_make_setup_installs_what_training_needs() -> None:
         ["make", "--dry-run", "--always-make", "setup"],
         cwd=CHECKOUT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     assert "-r requirements.txt -r training/requirements.txt" in done.stdout

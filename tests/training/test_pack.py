@@ -103,7 +103,11 @@ def test_from_an_archive_to_weights_and_figures_in_one_command(tmp_path: Path) -
     environment = {**os.environ, "PYTHON": sys.executable}
     for steps in ("1", "2"):
         done = subprocess.run(
-            [*command, *smaller], cwd=CHECKOUT, env=environment, capture_output=True, text=True
+            [*command, *smaller],
+            cwd=CHECKOUT,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
         )
         assert done.returncode == 0, done.stderr
         _, metadata = read_weights(out / "weights.safetensors")
