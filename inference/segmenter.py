@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from inference.appearance import told_apart
 from inference.case import Case, ObjectPrompts
 from inference.coarse import CoarseStage
 from inference.consensus import FLOOR, consensus
@@ -116,7 +117,7 @@ class Segmenter:
             self.used_device = torch.device("cpu")
 
     def _finished(self, case: Case, finish: Finish | None) -> NDArray[np.uint8]:
-        results = self.segment(case.objects, case.previous)
+        results = told_apart(self.segment(case.objects, case.previous), case)
         return merge(results, self._volume) if finish is None else finish(results, case)
 
     def _move(self, device: torch.device) -> None:

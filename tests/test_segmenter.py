@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.geometry import Window
 from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
+from inference.refinement import merge
 from inference.resampling import resample
 from inference.segmenter import Segmenter, to_voxels
 
@@ -151,9 +152,13 @@ def test_clicks_have_their_way_in_the_result(clicks: list[Click], boxes: bool) -
 
 def test_a_click_of_one_object_changes_nothing_outside_its_window() -> None:
     segmenter = _segmenter()
-    before = segmenter.segment_case(_case())
-    click = Click((10, 20, 15), False)
-    after = segmenter.segment_case(_case(clicks=((click,), ())))
+    maps = []
+    for clicks in ((), (Click((10, 20, 15), False),)):
+        case = _case(clicks=(clicks, ()))
+        segmenter.set_image(case.image, case.spacing_mm)
+        # Not by segment_case: at its end all objects are looked at together.
+        maps.append(merge(segmenter.segment(case.objects), case.image.shape))
+    before, after = maps
     far = np.ones(before.shape, bool)
     far[:, :, :36] = False  # object 1 and its window lie below x = 36
     np.testing.assert_array_equal(after[far], before[far])

@@ -44,6 +44,8 @@ class Config:
             supervoxel of a real image as the object, and of a painted random shape.
         flip: probability for each axis; permute: of permuted axes; warp: of a rotated, sheared
             and elastically deformed window.
+        upright: probability that a body, all that is no microscopy, is neither flipped nor
+            permuted: which way is up tells what an organ is.
         gamma, inversion, low_resolution, blur, shading, noise: probabilities of these changes of
             intensities.
 
@@ -109,6 +111,7 @@ class Config:
     shapes: float = 0.0
     flip: float = 0.5
     permute: float = 0.25
+    upright: float = 0.0
     warp: float = 0.4
     gamma: float = 0.5
     inversion: float = 0.12
@@ -229,7 +232,8 @@ class Config:
 
 _PROBABILITIES = (
     *("no_box", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
-    *("flip", "permute", "warp", "gamma", "inversion", "low_resolution", "blur", "shading"),
+    *("flip", "permute", "upright", "warp", "gamma", "inversion", "low_resolution", "blur"),
+    "shading",
     *("noise", "click_slack", "no_click", "ema"),
 )
 

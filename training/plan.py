@@ -167,7 +167,8 @@ class Planner:
         config, whole = self._config, self._store.volumes[volume]
         seen = whole.objects[index]
         order = (0, 1, 2)
-        if rng.random() < config.permute:
+        upright = whole.modality != "Microscopy" and rng.random() < config.upright
+        if rng.random() < config.permute and not upright:
             z, y, x = (int(a) for a in rng.permutation(3))
             order = (z, y, x)
         view = _View(whole, seen, order, rng)
@@ -191,7 +192,7 @@ class Planner:
         centre = np.array(window.start) + size / 2 - 0.5
         origin = np.empty(3)
         origin[list(order)] = centre
-        flips = rng.random(3) < config.flip
+        flips = (rng.random(3) < config.flip) & (not upright)
         turn, bend = np.diag(np.where(flips, -1.0, 1.0)), None
         warped = not zoomed and rng.random() < config.warp
         if warped:

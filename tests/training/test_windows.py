@@ -237,3 +237,22 @@ def test_hard_datasets_are_drawn_more_often(tmp_path: Path) -> None:
     plans = [planner.plan(i, np.random.default_rng(i), 16, dice=dice) for i in range(300)]
     share = np.mean([plan.volume == 1 for plan in plans])
     assert share == pytest.approx(0.7**2 / (0.7**2 + 0.2**2), abs=0.06)
+
+
+def test_bodies_stay_upright_and_microscopy_does_not(tmp_path: Path) -> None:
+    folder = write_balls(tmp_path)
+    (folder / "CT_balls_1.npz").rename(folder / "Microscopy_balls_1.npz")
+    weights = (("CT", 0.5), ("Microscopy", 0.5))
+    turning = {**STILL, "flip": 0.5, "permute": 0.5}
+    settings = config(**turning, upright=0.8, modality_weights=weights)
+    planner = Planner(VolumeStore(load_folder(folder), "cpu"), settings)
+    plans = [planner.plan(i, np.random.default_rng(i), 16) for i in range(400)]
+
+    def turned(modality: str) -> float:
+        few = [p for p in plans if planner._store.volumes[p.volume].modality == modality]
+        still = [bool((np.diag(p.turn) > 0).all() and np.diag(p.scale).all()) for p in few]
+        return 1 - float(np.mean(still))
+
+    usually = 1 - (0.5 + 0.5 / 6) * 0.5**3  # at random: no flip, no axis elsewhere
+    assert turned("CT") == pytest.approx(0.2 * usually, abs=0.07)
+    assert turned("Microscopy") == pytest.approx(usually, abs=0.07)

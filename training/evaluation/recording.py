@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,16 @@ def record_case(
     rounds: dict[int, list[tuple[ObjectPrompts, ObjectLogits]]] = {}
     prompts_of: dict[int, ObjectPrompts] = {}
 
-    def segment(arrays: Case) -> NDArray[np.uint8]:
-        segmenter.set_image(arrays.image, arrays.spacing_mm)
-        results = list(segmenter.segment(arrays.objects, arrays.previous))
+    def keep(objects: Iterable[ObjectLogits], arrays: Case) -> NDArray[np.uint8]:
+        results = list(objects)
         prompts_of.update({prompts.label: prompts for prompts in arrays.objects})
         turn = len(rounds) + ("boxes" not in case.arrays)  # without boxes there is no round 0
         rounds[turn] = [(prompts_of[result.label], result) for result in results]
         D, H, W = arrays.image.shape
         return merge(results, (D, H, W))
+
+    def segment(arrays: Case) -> NDArray[np.uint8]:
+        return segmenter.segment_case(arrays, keep)
 
     result, _ = run_case(case, InProcess(segment), variant)
     for held in result.rounds:

@@ -41,17 +41,17 @@ from training.evaluation.recording import (
 class StandIn:
     """A segmenter that takes what is bright in the box, or about the clicks, for the object."""
 
-    def set_image(self, image, spacing_mm):
-        self.image = image
+    def segment_case(self, case, finish):
+        return finish(self._objects(case), case)
 
-    def segment(self, objects, previous):
-        for prompts in objects:
+    def _objects(self, case):
+        for prompts in case.objects:
             if prompts.is_empty:
                 continue
             box = prompts.box
             low = box.start if box else tuple(max(p - 6, 0) for p in prompts.clicks[0].position)
             high = box.stop if box else tuple(p + 7 for p in prompts.clicks[0].position)
-            cut = self.image[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+            cut = case.image[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
             logits = (cut.astype(np.float32) - 120) / 40
             yield honour_clicks(ObjectLogits(prompts.label, low, logits), prompts.clicks)
 
@@ -71,8 +71,7 @@ def test_a_record_gives_the_label_maps_of_the_protocol(folder, tmp_path, boxes):
     segmenter = StandIn()
 
     def segment(given):
-        segmenter.set_image(given.image, given.spacing_mm)
-        return merge(segmenter.segment(given.objects, given.previous), given.image.shape)
+        return segmenter.segment_case(given, lambda all, case: merge(all, case.image.shape))
 
     variant = PromptVariant("short", click_rounds=2)
     record = record_case(case, segmenter, variant)

@@ -1,0 +1,102 @@
+"""Objects told apart by their intensities, put side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from inference import appearance
+from inference.appearance import told_apart
+from inference.case import Box, Case, Click, ObjectPrompts
+from inference.refinement import SURE, ObjectLogits, honour_clicks, merge
+
+SHAPE = (24, 26, 28)
+BOX = Box((4, 4, 4), (20, 22, 24), 12)
+
+
+def _nested(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A dark core (label 2) in a bright shell (label 1) on grey, and the image of it."""
+    grid = np.indices(SHAPE).transpose(1, 2, 3, 0) - np.array(SHAPE) / 2
+    radius = np.sqrt((grid**2).sum(-1))
+    truth = np.where(radius < 5, 2, np.where(radius < 9, 1, 0))
+    noise = np.random.default_rng(seed).normal(0, 12, SHAPE)
+    return np.array([100.0, 200.0, 20.0])[truth] + noise, truth.astype(np.uint8)
+
+
+def _case(image: np.ndarray, clicks: tuple[Click, ...] = ()) -> Case:
+    objects = (ObjectPrompts(1, BOX, clicks), ObjectPrompts(2, BOX))
+    return Case("nested.npz", image, (1.0, 1.0, 1.0), objects)
+
+
+def _guesses() -> list[ObjectLogits]:
+    """What networks make of them: about the right places, the core's two voxels off."""
+    grid = np.indices(SHAPE).transpose(1, 2, 3, 0) - np.array(SHAPE) / 2
+    radius = np.sqrt((grid**2).sum(-1)).astype(np.float32)
+    off = np.sqrt(((grid - np.array([0, 0, 2])) ** 2).sum(-1)).astype(np.float32)
+    shell = np.minimum(9 - radius, 3)
+    return [ObjectLogits(1, (0, 0, 0), shell), ObjectLogits(2, (0, 0, 0), 12 - 2 * off)]
+
+
+def _dice(a: np.ndarray, b: np.ndarray) -> list[float]:
+    return [2 * ((a == k) & (b == k)).sum() / ((a == k).sum() + (b == k).sum()) for k in (1, 2)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
+def test_objects_in_one_box_come_apart_whatever_the_unit_of_intensities(scale: float) -> None:
+    image, truth = _nested()
+    before = _dice(merge(_guesses(), SHAPE), truth)
+    case = _case((image * scale).astype(np.float32))
+    after = _dice(merge(told_apart(_guesses(), case), SHAPE), truth)
+    assert after[0] > before[0] + 0.01 and after[1] > before[1] + 0.05, (before, after)
+
+
+def test_objects_that_look_like_their_surroundings_stay_as_they_are() -> None:
+    image = np.random.default_rng(3).normal(100, 12, SHAPE)
+    before, after = (
+        merge(some, SHAPE) for some in (_guesses(), told_apart(_guesses(), _case(image)))
+    )
+    assert (before == after).mean() > 0.97
+    flat = told_apart(_guesses(), _case(np.full(SHAPE, 7, np.int16)))
+    for one, other in zip(flat, _guesses(), strict=True):
+        np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
+
+
+def test_clicks_keep_their_logits_and_boxes_of_voxels_their_places() -> None:
+    image, _ = _nested()
+    clicks = (Click((12, 13, 14), True), Click((12, 13, 21), False))
+    first, second = _guesses()
+    objects = [
+        honour_clicks(first, clicks),
+        ObjectLogits(2, (5, 6, 7), second.logits[5:19, 6:20, 7:21]),
+        ObjectLogits(3, (0, 0, 0), np.zeros((0, 0, 0), np.float32)),
+    ]
+    result = list(told_apart(objects, _case(image, clicks)))
+    assert [(one.label, one.start, one.stop) for one in result] == [
+        (one.label, one.start, one.stop) for one in objects
+    ]
+    for click in clicks:
+        assert result[0].logits[click.position] == objects[0].logits[click.position]
+        assert abs(result[0].logits[click.position]) > SURE
+    assert result[0].logits.dtype == np.float32
+    assert np.abs(result[1].logits - objects[1].logits).max() > 1  # and it did something
+
+
+def test_a_single_object_and_too_many_voxels_pass_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image, _ = _nested()
+    (alone,) = told_apart(_guesses()[:1], _case(image))
+    np.testing.assert_array_equal(alone.logits, _guesses()[0].logits)
+    monkeypatch.setattr(appearance, "_MOST_VOXELS", 2 * image.size - 1)
+    taken = []
+
+    def stream():
+        for one in [*_guesses(), ObjectLogits(3, (0, 0, 0), np.ones(SHAPE, np.float32))]:
+            taken.append(one.label)
+            yield one
+
+    passed = told_apart(stream(), _case(image))
+    for other, one in zip(_guesses(), passed, strict=False):
+        assert taken == [1, 2]  # no more is held than has to be
+        np.testing.assert_array_equal(one.logits, other.logits)
+    assert [one.label for one in passed] == [3]
