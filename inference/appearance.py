@@ -39,9 +39,14 @@ def told_apart(results: Iterable[ObjectLogits], case: Case) -> Iterator[ObjectLo
         case: what they were made from.
 
     Yields:
-        The same objects in the same order, on the same boxes; clicked voxels are left alone.
+        The same objects in the same order, on the same boxes of voxels. Clicked voxels are left
+        alone, and so are objects without a user's box: their first masks are too poor to go by.
     """
     stream = iter(results)
+    boxed = {prompts.label for prompts in case.objects if prompts.box is not None}
+    if not boxed:
+        yield from stream
+        return
     held: list[ObjectLogits] = []
     for result in stream:
         held.append(result)
@@ -50,7 +55,7 @@ def told_apart(results: Iterable[ObjectLogits], case: Case) -> Iterator[ObjectLo
     else:
         shown = [(one.start, one.stop) for one in held if one.logits.size]
         if len(shown) > 1:
-            yield from _weighed(held, case, *hull(shown))
+            yield from _weighed(held, case, boxed, *hull(shown))
             return
     yield from held
     yield from stream
@@ -59,6 +64,7 @@ def told_apart(results: Iterable[ObjectLogits], case: Case) -> Iterator[ObjectLo
 def _weighed(
     held: list[ObjectLogits],
     case: Case,
+    boxed: set[int],
     low: tuple[int, int, int],
     high: tuple[int, int, int],
 ) -> Iterator[ObjectLogits]:
@@ -68,7 +74,7 @@ def _weighed(
     bins = _binned(case.image[region])
     ratios = _log_ratios(merge(held, (D, H, W))[region], bins)
     for one in held:
-        if not one.logits.size:
+        if not one.logits.size or one.label not in boxed:
             yield one
             continue
         said = torch.from_numpy(ratios[one.label][bins[one.place_in(low)]])

@@ -23,8 +23,10 @@ def _nested(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.array([100.0, 200.0, 20.0])[truth] + noise, truth.astype(np.uint8)
 
 
-def _case(image: np.ndarray, clicks: tuple[Click, ...] = ()) -> Case:
-    objects = (ObjectPrompts(1, BOX, clicks), ObjectPrompts(2, BOX))
+def _case(
+    image: np.ndarray, clicks: tuple[Click, ...] = (), boxed: tuple[int, ...] = (1, 2)
+) -> Case:
+    objects = tuple(ObjectPrompts(i, BOX if i in boxed else None, clicks) for i in (1, 2))
     return Case("nested.npz", image, (1.0, 1.0, 1.0), objects)
 
 
@@ -100,3 +102,11 @@ def test_a_single_object_and_too_many_voxels_pass_as_they_are(
         assert taken == [1, 2]  # no more is held than has to be
         np.testing.assert_array_equal(one.logits, other.logits)
     assert [one.label for one in passed] == [3]
+
+
+@pytest.mark.parametrize("boxed", [(), (1,)])
+def test_objects_without_a_box_pass_as_they_are(boxed: tuple[int, ...]) -> None:
+    image, _ = _nested()
+    result = told_apart(_guesses(), _case(image, (Click((12, 13, 14), True),), boxed))
+    for one, other in zip(result, _guesses(), strict=True):
+        assert (one.logits == other.logits).all() == (one.label not in boxed)

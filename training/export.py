@@ -5,8 +5,10 @@
 
 The file holds the averaged network in half precision, with its configuration and that of the run
 as metadata; equal checkpoints give equal bytes. Its SHA-256 is listed in the ``SHA256SUMS`` beside
-it. Two checkpoints, of a refiner and of a SAM-Med3D, make a bundle of both. Figures are taken from
-the summaries of evaluations of exactly this file (``training/model_card.py``).
+it. Checkpoints of a refiner and of a SAM-Med3D make a bundle of both; several of one kind, runs
+that went on from each other, make the mean of their weights (Wortsman et al. 2022, "Model soups").
+Figures are taken from the summaries of evaluations of exactly this file
+(``training/model_card.py``).
 """
 
 from __future__ import annotations
@@ -35,20 +37,22 @@ def export(checkpoints: Sequence[Path], out: Path, notes: Mapping[str, str]) -> 
     """Store exponential moving averages in half precision, with what they are and how they came.
 
     Args:
-        checkpoints: written by training, one a kind of network.
+        checkpoints: written by training; those of a kind are averaged, and the last one's history
+            is told with that of the others under ``mean_with``.
         out: ends in ``.safetensors``; its folder exists. Replaced only by a whole file.
         notes: further metadata, such as the data.
 
     Raises:
-        ValueError: a file is no checkpoint, two are of one kind, or weights are beyond what half
-            precision holds.
+        ValueError: a file is no checkpoint, two of one kind are of different networks, or weights
+            are beyond what half precision holds.
     """
-    networks: dict[str, TrainedNetwork] = {}
+    networks: dict[str, list[TrainedNetwork]] = {}
     for path in checkpoints:
         network = read_checkpoint(path)
-        if network.kind in networks:
-            raise ValueError(f"{path}: another {network.kind}; accepted: one network of a kind")
-        networks[network.kind] = network
+        alike = networks.setdefault(network.kind, [])
+        alike.append(network)
+        if network.config != alike[0].config:
+            raise ValueError(f"{path}: another {network.kind} than the first; accepted: one shape")
         for name, tensor in network.state.items():
             if not (tensor.abs() <= _LARGEST_HALF).all():  # NaN compares false, too
                 raise ValueError(
@@ -57,15 +61,18 @@ def export(checkpoints: Sequence[Path], out: Path, notes: Mapping[str, str]) -> 
                 )
     metadata = dict(notes)
     tensors: dict[str, Tensor] = {}
-    for kind, network in networks.items():
-        metadata[kind] = network.config.to_json()
+    for kind, alike in networks.items():
+        metadata[kind] = alike[0].config.to_json()
         # A file with one network has its history under "training".
         key = "training" if len(networks) == 1 else f"{kind}_training"
-        training = dict(network.training)
-        if "minutes" in training:
-            training["minutes"] = round(training["minutes"], 1)
-        metadata[key] = json.dumps(training)
-        tensors |= {f"{kind}.{name}": tensor for name, tensor in network.state.items()}
+        *others, training = [dict(network.training) for network in alike]
+        for run in (training, *others):
+            if "minutes" in run:
+                run["minutes"] = round(run["minutes"], 1)
+        metadata[key] = json.dumps(training | ({"mean_with": others} if others else {}))
+        for name in alike[0].state:
+            mean = torch.stack([network.state[name] for network in alike]).mean(0)
+            tensors[f"{kind}.{name}"] = mean
     trial = out.with_name(f".{os.getpid()}.{out.name}")  # unlisted, so that nothing is compared
     try:
         save_weights(trial, tensors, metadata, dtype=torch.float16)
@@ -96,7 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, action="append", help="twice for a bundle"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        action="append",
+        help="again for a bundle or a mean",
     )
     parser.add_argument("--out", type=Path, required=True, help="NAME.safetensors")
     parser.add_argument("--note", nargs="*", default=[], type=_note, metavar="KEY=TEXT")

@@ -94,6 +94,8 @@ def _describe(weights: Path, digest: str) -> str:
             if key in training
         ]
         trained = f"; last run: {', '.join(done)}" if done else ""
+        if others := training.get("mean_with"):
+            trained += f"; the mean of its weights and those of {len(others)} before it"
         lines.append(f"- {title}: {count / 1e6:.2f} M parameters{trained}")
     return "\n".join(lines)
 

@@ -87,6 +87,19 @@ def test_two_checkpoints_make_a_bundle(tmp_path: Path, checkpoint: Path) -> None
     assert {"refiner_training", "sam_training"} <= set(read_metadata(out))
 
 
+def test_checkpoints_of_one_kind_are_averaged(tmp_path: Path) -> None:
+    networks = [noisy(Refiner(TINY)), noisy(Refiner(TINY))]
+    paths = [write_checkpoint(tmp_path / f"{i}.pt", one) for i, one in enumerate(networks)]
+    out = tmp_path / "mean.safetensors"
+    assert run("--checkpoint", paths[0], "--checkpoint", paths[1], "--out", out) == 0
+    first, second = (one.state_dict() for one in networks)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    for name, tensor in load_refiner(out).state_dict().items():
+        torch.testing.assert_close(tensor, (first[name] + second[name]) / 2, rtol=1e-3, atol=1e-3)
+    training = json.loads(read_metadata(out)["training"])
+    assert len(training["mean_with"]) == 1 and "config" in training["mean_with"][0]
+
+
 def test_what_cannot_be_exported_is_refused(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,13 +107,15 @@ def test_what_cannot_be_exported_is_refused(
     with torch.no_grad():
         broken.stem.weight[0, 0] = float("nan")
     nan = write_checkpoint(tmp_path / "nan.pt", broken)
+    shape = dataclasses.replace(TINY, channels=(16, 16))
+    wider = write_checkpoint(tmp_path / "wider.pt", Refiner(shape))
     out = tmp_path / "w.safetensors"
     assert run("--checkpoint", checkpoint, "--out", out) == 0
     before = out.read_bytes(), (tmp_path / "SHA256SUMS").read_bytes()
     capsys.readouterr()
     for words, message in (
         (["--checkpoint", nan, "--out", out], "stem.weight holds NaN, infinity or more than 65504"),
-        (["--checkpoint", checkpoint, "--checkpoint", checkpoint, "--out", out], "another refiner"),
+        (["--checkpoint", checkpoint, "--checkpoint", wider, "--out", out], "another refiner than"),
         (["--checkpoint", checkpoint, "--out", tmp_path / "w.pt"], "named *.safetensors"),
         (["--checkpoint", out, "--out", out], "accepted: a checkpoint of training"),
         (["--checkpoint", tmp_path / "no.pt", "--out", out], "No such file"),
