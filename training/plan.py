@@ -167,7 +167,9 @@ class Planner:
         config, whole = self._config, self._store.volumes[volume]
         seen = whole.objects[index]
         order = (0, 1, 2)
-        upright = whole.modality != "Microscopy" and rng.random() < config.upright
+        body = whole.modality != "Microscopy"
+        # Runs without it keep their windows.
+        upright = body and config.upright > 0 and rng.random() < config.upright
         if rng.random() < config.permute and not upright:
             z, y, x = (int(a) for a in rng.permutation(3))
             order = (z, y, x)
