@@ -233,8 +233,7 @@ class Config:
 _PROBABILITIES = (
     *("no_box", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
     *("flip", "permute", "upright", "warp", "gamma", "inversion", "low_resolution", "blur"),
-    "shading",
-    *("noise", "click_slack", "no_click", "ema"),
+    *("shading", "noise", "click_slack", "no_click", "ema"),
 )
 
 

@@ -100,10 +100,8 @@ def record_case(
         D, H, W = arrays.image.shape
         return merge(results, (D, H, W))
 
-    def segment(arrays: Case) -> NDArray[np.uint8]:
-        return segmenter.segment_case(arrays, keep)
-
-    result, _ = run_case(case, InProcess(segment), variant)
+    predictor = InProcess(lambda arrays: segmenter.segment_case(arrays, keep))
+    result, _ = run_case(case, predictor, variant)
     for held in result.rounds:
         if held is not None and held.error is not None:
             raise ValueError(f"{case.name}: {held.error}")
