@@ -4,29 +4,33 @@ Networks see one object at a time and know of the others only where users clicke
 by side, the objects say more: a first label map gives each of them, and all that lies between them,
 a histogram of intensities, and a voxel rare in one of them and common outside speaks against it.
 Tissue segmentation iterates such steps (Wells et al. 1996, Ashburner and Friston 2005); here is
-one, and the networks' logits are its spatial prior. Tissues that share a box come apart by it;
+one, and the networks' logits are its spatial prior. Clicks are samples of an object that no wrong
+mask can spoil. Tissues that share a box come apart by it;
 objects that look like their surroundings stay as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from inference.case import Case
+from inference.case import Case, ObjectPrompts
 from inference.likelihood import smooth
 from inference.refinement import SURE, ObjectLogits, hull, merge
 
 _BINS = 64
 _KERNEL = np.array([0.055, 0.245, 0.4, 0.245, 0.055])  # Gaussian of 1.2 bins
+_WIDE_KERNEL = np.exp(-0.5 * (np.arange(-9, 10) / 3) ** 2)  # clicks are few
+_NEIGHBOURS = np.concatenate([np.zeros((1, 3), int), np.eye(3, dtype=int), -np.eye(3, dtype=int)])
+_CLICKS_WORTH = 2.0  # clicks that say as much of a histogram as a mask does
 _FLOOR = 2e-4  # of a density: what was never seen in a small object may still be there
-_CLIP = 5.0  # log-odds that intensities say at most
-_SIGMA = 0.7  # voxels: single ones are noise
+CLIP = 5.0  # log-odds that intensities say at most
+SIGMA = 0.7  # voxels: single ones are noise
 #: How much of them counts, with boxes alone and with clicks (all fitted on training cases).
-_TRUST_BOXES, _TRUST_CLICKS = 1.5, 0.75
+TRUST_BOXES, TRUST_CLICKS = 1.5, 0.75
 _MOST_VOXELS = 2**28  # of all logits together, 1 GiB: more are not held at once
 
 
@@ -70,15 +74,16 @@ def _weighed(
 ) -> Iterator[ObjectLogits]:
     region = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     D, H, W = case.image.shape
-    trust = _TRUST_CLICKS if any(o.clicks for o in case.objects) else _TRUST_BOXES
+    trust = TRUST_CLICKS if any(o.clicks for o in case.objects) else TRUST_BOXES
     bins = _binned(case.image[region])
-    ratios = _log_ratios(merge(held, (D, H, W))[region], bins)
+    clicked = {o.label: _clicked(o, bins, low) for o in case.objects if o.clicks}
+    ratios = _log_ratios(merge(held, (D, H, W))[region], bins, clicked)
     for one in held:
         if not one.logits.size or one.label not in boxed:
             yield one
             continue
         said = torch.from_numpy(ratios[one.label][bins[one.place_in(low)]])
-        evidence = smooth(said[None], _SIGMA)[0].numpy()
+        evidence = smooth(said[None], SIGMA)[0].numpy()
         evidence[np.abs(one.logits) > SURE] = 0
         yield ObjectLogits(one.label, one.start, one.logits + (trust * evidence).astype(np.float32))
 
@@ -95,18 +100,54 @@ def _binned(image: NDArray[np.generic]) -> NDArray[np.uint8]:
     return bins
 
 
-def _log_ratios(labels: NDArray[np.uint8], bins: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """(256, bins) log of each label's density over that of label 0, clipped."""
+def _clicked(
+    prompts: ObjectPrompts, bins: NDArray[np.uint8], low: tuple[int, int, int]
+) -> NDArray[np.float64]:
+    """(n, bins) densities about the object's positive clicks: of the voxel and its six neighbours.
+
+    Args:
+        prompts: of the object.
+        bins: (D, H, W) numbers of bins of a region.
+        low: its first voxel; clicks elsewhere are left out.
+    """
+    found = []
+    for click in prompts.clicks:
+        place = np.subtract(click.position, low)
+        if click.positive and (place >= 0).all() and (place < bins.shape).all():
+            near = np.clip(place + _NEIGHBOURS, 0, np.array(bins.shape) - 1)
+            found.append(np.bincount(bins[tuple(near.T)], minlength=_BINS) / len(near))
+    return np.array(found).reshape(-1, _BINS)
+
+
+def _log_ratios(
+    labels: NDArray[np.uint8],
+    bins: NDArray[np.uint8],
+    clicked: Mapping[int, NDArray[np.float64]],
+) -> NDArray[np.float32]:
+    """(256, bins) log of each label's density over that of label 0, clipped.
+
+    Args:
+        labels: (D, H, W) label map.
+        bins: (D, H, W) numbers of bins.
+        clicked: (n, bins) of a label: densities about its n clicks. Masks may be wrong, clicks
+            are not, so the more of them the less the mask's own histogram counts.
+    """
     counts = np.zeros(256 * _BINS, np.int64)
     for plane, values in zip(labels, bins, strict=True):
         counts += np.bincount(
             (plane.astype(np.intp) * _BINS + values).ravel(), minlength=counts.size
         )
-    density = np.apply_along_axis(_smoothed, 1, counts.reshape(256, _BINS).astype(float))
-    density = density / np.maximum(density.sum(1, keepdims=True), 1e-6) + _FLOOR
+    density = np.apply_along_axis(_smoothed, 1, counts.reshape(256, _BINS).astype(float), _KERNEL)
+    density /= np.maximum(density.sum(1, keepdims=True), 1e-6)
+    for label, about in clicked.items():
+        if len(about):
+            share = len(about) / (len(about) + _CLICKS_WORTH) if density[label].any() else 1.0
+            said = _smoothed(about.mean(0), _WIDE_KERNEL)
+            density[label] = (1 - share) * density[label] + share * said / said.sum()
+    density += _FLOOR
     ratios: NDArray[np.float32] = np.log(density / density[0]).astype(np.float32)
-    return ratios.clip(-_CLIP, _CLIP)
+    return ratios.clip(-CLIP, CLIP)
 
 
-def _smoothed(histogram: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.convolve(np.pad(histogram, 2, mode="edge"), _KERNEL, mode="valid")
+def _smoothed(histogram: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.convolve(np.pad(histogram, len(kernel) // 2, mode="edge"), kernel, mode="valid")

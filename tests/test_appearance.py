@@ -110,3 +110,27 @@ def test_objects_without_a_box_pass_as_they_are(boxed: tuple[int, ...]) -> None:
     result = told_apart(_guesses(), _case(image, (Click((12, 13, 14), True),), boxed))
     for one, other in zip(result, _guesses(), strict=True):
         assert (one.logits == other.logits).all() == (one.label not in boxed)
+
+
+def test_clicks_say_what_an_object_looks_like_where_its_mask_is_wrong() -> None:
+    image, truth = _nested()
+    shell, inner = _guesses()
+    first = ObjectLogits(1, (0, 0, 0), shell.logits.clip(-1, 1))
+    # The core is taken to lie half in the shell, without much confidence.
+    wrong = ObjectLogits(2, (0, 0, 0), np.roll(inner.logits, 4, 2).clip(-1, 1))
+
+    def core(clicks: tuple[Click, ...]) -> float:
+        objects = (ObjectPrompts(1, BOX), ObjectPrompts(2, BOX, clicks))
+        case = Case("nested.npz", image, (1.0, 1.0, 1.0), objects)
+        told = merge(told_apart([first, wrong], case), SHAPE)
+        return _dice(told, truth)[1]
+
+    places = ((12, 13, 14), (11, 12, 13), (13, 14, 15), (12, 15, 14))
+    after = [core(tuple(Click(p, True) for p in places[:n])) for n in range(5)]
+    assert after[4] > after[0] + 0.1, after
+    assert after[1] <= after[2] <= after[4], after
+    outside = ((0, 0, 0), (12, 13, 14))  # the first one lies outside of the objects' region
+    small = [ObjectLogits(r.label, (4, 4, 4), r.logits[4:20, 4:22, 4:24]) for r in (first, wrong)]
+    objects = (ObjectPrompts(1, BOX), ObjectPrompts(2, BOX, tuple(Click(p, True) for p in outside)))
+    case = Case("nested.npz", image, (1.0, 1.0, 1.0), objects)
+    assert len(list(told_apart(small, case))) == 2
