@@ -5,8 +5,8 @@ by side, the objects say more: a first label map gives each of them, and all tha
 a histogram of intensities, and a voxel rare in one of them and common outside speaks against it.
 Tissue segmentation iterates such steps (Wells et al. 1996, Ashburner and Friston 2005); here is
 one, and the networks' logits are its spatial prior. Clicks are samples of an object that no wrong
-mask can spoil. Tissues that share a box come apart by it;
-objects that look like their surroundings stay as they were.
+mask can spoil. Tissues that share a box come apart by it; objects that look like their surroundings
+stay as they were.
 """
 
 from __future__ import annotations
