@@ -25,7 +25,7 @@ _BINS = 64
 _KERNEL = np.array([0.055, 0.245, 0.4, 0.245, 0.055])  # Gaussian of 1.2 bins
 _WIDE_KERNEL = np.exp(-0.5 * (np.arange(-9, 10) / 3) ** 2)  # clicks are few
 _NEIGHBOURS = np.concatenate([np.zeros((1, 3), int), np.eye(3, dtype=int), -np.eye(3, dtype=int)])
-_CLICKS_WORTH = 2.0  # clicks that say as much of a histogram as a mask does
+_CLICKS_WORTH = 1.0  # clicks that say as much of a histogram as a mask does
 _FLOOR = 2e-4  # of a density: what was never seen in a small object may still be there
 CLIP = 5.0  # log-odds that intensities say at most
 SIGMA = 0.7  # voxels: single ones are noise
