@@ -11,7 +11,7 @@ stay as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ CLIP = 5.0  # log-odds that intensities say at most
 SIGMA = 0.7  # voxels: single ones are noise
 #: How much of them counts, with boxes alone and with clicks (all fitted on training cases).
 TRUST_BOXES, TRUST_CLICKS = 1.5, 0.75
+#: Clicks after which an object without a box counts half as much as one with a box.
+_CLICKS_FOR_HALF = 2.0
 _MOST_VOXELS = 2**28  # of all logits together, 1 GiB: more are not held at once
 
 
@@ -44,13 +46,9 @@ def told_apart(results: Iterable[ObjectLogits], case: Case) -> Iterator[ObjectLo
 
     Yields:
         The same objects in the same order, on the same boxes of voxels. Clicked voxels are left
-        alone, and so are objects without a user's box: their first masks are too poor to go by.
+        alone.
     """
     stream = iter(results)
-    boxed = {prompts.label for prompts in case.objects if prompts.box is not None}
-    if not boxed:
-        yield from stream
-        return
     held: list[ObjectLogits] = []
     for result in stream:
         held.append(result)
@@ -59,7 +57,7 @@ def told_apart(results: Iterable[ObjectLogits], case: Case) -> Iterator[ObjectLo
     else:
         shown = [(one.start, one.stop) for one in held if one.logits.size]
         if len(shown) > 1:
-            yield from _weighed(held, case, boxed, *hull(shown))
+            yield from _weighed(held, case, *hull(shown))
             return
     yield from held
     yield from stream
@@ -68,24 +66,35 @@ def told_apart(results: Iterable[ObjectLogits], case: Case) -> Iterator[ObjectLo
 def _weighed(
     held: list[ObjectLogits],
     case: Case,
-    boxed: set[int],
     low: tuple[int, int, int],
     high: tuple[int, int, int],
 ) -> Iterator[ObjectLogits]:
     region = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     D, H, W = case.image.shape
-    trust = TRUST_CLICKS if any(o.clicks for o in case.objects) else TRUST_BOXES
+    trusts = _trusts(case.objects)
     bins = _binned(case.image[region])
     clicked = {o.label: _clicked(o, bins, low) for o in case.objects if o.clicks}
     ratios = _log_ratios(merge(held, (D, H, W))[region], bins, clicked)
     for one in held:
-        if not one.logits.size or one.label not in boxed:
+        trust = trusts[one.label]
+        if not one.logits.size or not trust:
             yield one
             continue
         said = torch.from_numpy(ratios[one.label][bins[one.place_in(low)]])
         evidence = smooth(said[None], SIGMA)[0].numpy()
         evidence[np.abs(one.logits) > SURE] = 0
         yield ObjectLogits(one.label, one.start, one.logits + (trust * evidence).astype(np.float32))
+
+
+def _trusts(objects: Sequence[ObjectPrompts]) -> dict[int, float]:
+    """How much each label's intensities count: without a box the less, the fewer its clicks."""
+    with_boxes = TRUST_CLICKS if any(prompts.clicks for prompts in objects) else TRUST_BOXES
+    trusts = {}
+    for prompts in objects:
+        n = len(prompts.clicks)
+        without_box = TRUST_CLICKS * n / (n + _CLICKS_FOR_HALF)
+        trusts[prompts.label] = without_box if prompts.box is None else with_boxes
+    return trusts
 
 
 def _binned(image: NDArray[np.generic]) -> NDArray[np.uint8]:

@@ -26,7 +26,7 @@ def _nested(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def _case(
     image: np.ndarray, clicks: tuple[Click, ...] = (), boxed: tuple[int, ...] = (1, 2)
 ) -> Case:
-    objects = tuple(ObjectPrompts(i, BOX if i in boxed else None, clicks) for i in (1, 2))
+    objects = tuple(ObjectPrompts(i, BOX if i in boxed else None, clicks) for i in (1, 2, 3))
     return Case("nested.npz", image, (1.0, 1.0, 1.0), objects)
 
 
@@ -104,12 +104,22 @@ def test_a_single_object_and_too_many_voxels_pass_as_they_are(
     assert [one.label for one in passed] == [3]
 
 
-@pytest.mark.parametrize("boxed", [(), (1,)])
-def test_objects_without_a_box_pass_as_they_are(boxed: tuple[int, ...]) -> None:
+def test_without_a_box_intensities_count_the_more_the_more_clicks_there_are() -> None:
     image, _ = _nested()
-    result = told_apart(_guesses(), _case(image, (Click((12, 13, 14), True),), boxed))
-    for one, other in zip(result, _guesses(), strict=True):
-        assert (one.logits == other.logits).all() == (one.label not in boxed)
+    places = ((12, 13, 14), (11, 12, 13), (13, 14, 15), (12, 15, 14))
+
+    def change(clicks: int, boxed: tuple[int, ...]) -> list[float]:
+        """Mean change of each object's logits where no click is near."""
+        case = _case(image, tuple(Click(p, True) for p in places[:clicks]), boxed)
+        told = told_apart(_guesses(), case)
+        changes = [np.abs(a.logits - b.logits) for a, b in zip(told, _guesses(), strict=True)]
+        return [float(one[:, :4].mean()) for one in changes]
+
+    assert change(0, ()) == [0, 0]
+    one, four, box = (change(*values) for values in ((1, ()), (4, ()), (4, (1, 2))))
+    assert all(0 < a < b < c for a, b, c in zip(one, four, box, strict=True)), (one, four, box)
+    mixed = change(4, (1,))
+    assert (mixed[0], mixed[1]) == (box[0], four[1])
 
 
 def test_clicks_say_what_an_object_looks_like_where_its_mask_is_wrong() -> None:
