@@ -27,10 +27,10 @@ _WIDE_KERNEL = np.exp(-0.5 * (np.arange(-9, 10) / 3) ** 2)  # clicks are few
 _NEIGHBOURS = np.concatenate([np.zeros((1, 3), int), np.eye(3, dtype=int), -np.eye(3, dtype=int)])
 _CLICKS_WORTH = 1.0  # clicks that say as much of a histogram as a mask does
 _FLOOR = 2e-4  # of a density: what was never seen in a small object may still be there
-CLIP = 5.0  # log-odds that intensities say at most
-SIGMA = 0.7  # voxels: single ones are noise
+_CLIP = 5.0  # log-odds that intensities say at most
+_SIGMA = 0.7  # voxels: single ones are noise
 #: How much of them counts, with boxes alone and with clicks (all fitted on training cases).
-TRUST_BOXES, TRUST_CLICKS = 1.5, 0.75
+_TRUST_BOXES, _TRUST_CLICKS = 1.5, 0.75
 #: Clicks after which an object without a box counts half as much as one with a box.
 _CLICKS_FOR_HALF = 2.0
 _MOST_VOXELS = 2**28  # of all logits together, 1 GiB: more are not held at once
@@ -81,18 +81,18 @@ def _weighed(
             yield one
             continue
         said = torch.from_numpy(ratios[one.label][bins[one.place_in(low)]])
-        evidence = smooth(said[None], SIGMA)[0].numpy()
+        evidence = smooth(said[None], _SIGMA)[0].numpy()
         evidence[np.abs(one.logits) > SURE] = 0
         yield ObjectLogits(one.label, one.start, one.logits + (trust * evidence).astype(np.float32))
 
 
 def _trusts(objects: Sequence[ObjectPrompts]) -> dict[int, float]:
     """How much each label's intensities count: without a box the less, the fewer its clicks."""
-    with_boxes = TRUST_CLICKS if any(prompts.clicks for prompts in objects) else TRUST_BOXES
+    with_boxes = _TRUST_CLICKS if any(prompts.clicks for prompts in objects) else _TRUST_BOXES
     trusts = {}
     for prompts in objects:
         n = len(prompts.clicks)
-        without_box = TRUST_CLICKS * n / (n + _CLICKS_FOR_HALF)
+        without_box = _TRUST_CLICKS * n / (n + _CLICKS_FOR_HALF)
         trusts[prompts.label] = without_box if prompts.box is None else with_boxes
     return trusts
 
@@ -155,7 +155,7 @@ def _log_ratios(
             density[label] = (1 - share) * density[label] + share * said / said.sum()
     density += _FLOOR
     ratios: NDArray[np.float32] = np.log(density / density[0]).astype(np.float32)
-    return ratios.clip(-CLIP, CLIP)
+    return ratios.clip(-_CLIP, _CLIP)
 
 
 def _smoothed(histogram: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:

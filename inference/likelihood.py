@@ -31,9 +31,10 @@ def likelihood_log_odds(image: Tensor, prior: Tensor, mask: Tensor | None = None
         (B, D, H, W) log-odds: the prior plus the smoothed log-likelihood ratio, clipped to +-3.
     """
     B = image.shape[0]
-    bins = _binned(image)
+    bins = ((image + 3) * (_BINS / 6)).long().clamp_(0, _BINS - 1)
     # Histograms need no more than every other cell along each axis.
     few_bins = bins[:, ::2, ::2, ::2].reshape(B, -1)
+    few_bins = few_bins + _BINS * torch.arange(B, device=image.device)[:, None]
     few_prior = prior[:, ::2, ::2, ::2].reshape(B, -1)
     few_mask = (
         few_prior.sigmoid() if mask is None else mask[:, ::2, ::2, ::2].reshape(B, -1).float()
@@ -42,35 +43,11 @@ def likelihood_log_odds(image: Tensor, prior: Tensor, mask: Tensor | None = None
     ratio = torch.zeros_like(total)
     for _ in range(_ITERATIONS):
         inside = _histogram(few_bins, few_mask)
-        ratio = _log_ratio(inside, total - inside, _CLIP)
+        ratio = _log_ratio(inside, total - inside)
         few_mask = (few_prior + ratio.reshape(-1)[few_bins]).sigmoid()
-    return prior + smooth(ratio.reshape(-1)[bins], _SIGMA)
-
-
-def intensity_log_odds(image: Tensor, mask: Tensor, clip: float, sigma: float) -> Tensor:
-    """What intensities alone say once a mask is known.
-
-    Args:
-        image: (B, D, H, W) intensities, nominally within [-3, 3] (z-normalised).
-        mask: (B, D, H, W), 0 or 1: histograms are those of its inside and its outside.
-        clip: log-odds that one cell says at most.
-        sigma: of the Gaussian that smooths them, in cells.
-
-    Returns:
-        (B, D, H, W) log ratio of the two densities; 0 where a mask is empty or full.
-    """
-    bins = _binned(image)
-    flat, weights = bins.flatten(1), mask.flatten(1).float()
-    inside, outside = _histogram(flat, weights), _histogram(flat, 1 - weights)
-    told = (inside.sum(1) > 0) & (outside.sum(1) > 0)
-    ratio = _log_ratio(inside, outside, clip) * told[:, None]
-    return smooth(ratio.reshape(-1)[bins], sigma)
-
-
-def _binned(image: Tensor) -> Tensor:
-    """(B, D, H, W) intensities -> numbers of bins, those of row b from b * 64 on."""
-    bins = ((image + 3) * (_BINS / 6)).long().clamp_(0, _BINS - 1)
-    return bins + _BINS * torch.arange(len(image), device=image.device)[:, None, None, None]
+    offset = _BINS * torch.arange(B, device=image.device)[:, None, None, None]
+    llr = ratio.reshape(-1)[bins + offset]
+    return prior + smooth(llr, _SIGMA)
 
 
 def _histogram(bins: Tensor, weights: Tensor) -> Tensor:
@@ -80,13 +57,13 @@ def _histogram(bins: Tensor, weights: Tensor) -> Tensor:
     return sums.reshape(B, _BINS).to(weights.dtype)
 
 
-def _log_ratio(inside: Tensor, outside: Tensor, clip: float) -> Tensor:
+def _log_ratio(inside: Tensor, outside: Tensor) -> Tensor:
     """(B, 64) histograms -> (B, 64) clipped log-likelihood ratios of smoothed densities."""
     kernel = inside.new_tensor([[[1.0, 4.0, 6.0, 4.0, 1.0]]]) / 16
     both = torch.stack((inside, outside.clamp_min(0)), 1).reshape(-1, 1, _BINS)
     both = F.conv1d(F.pad(both, (2, 2), mode="replicate"), kernel).reshape(-1, 2, _BINS)
     density = both / both.sum(-1, keepdim=True).clamp_min(1e-6) + 1e-4
-    return (density[:, 0] / density[:, 1]).log().clamp(-clip, clip)
+    return (density[:, 0] / density[:, 1]).log().clamp(-_CLIP, _CLIP)
 
 
 def smooth(volume: Tensor, sigma: float) -> Tensor:

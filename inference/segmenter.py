@@ -117,21 +117,8 @@ class Segmenter:
             self.used_device = torch.device("cpu")
 
     def _finished(self, case: Case, finish: Finish | None) -> NDArray[np.uint8]:
-        results = told_apart(self.segment(case.objects, self._glance(case)), case)
+        results = told_apart(self.segment(case.objects, case.previous), case)
         return merge(results, self._volume) if finish is None else finish(results, case)
-
-    def _glance(self, case: Case) -> NDArray[np.uint8] | None:
-        """The previous label map that objects go on from.
-
-        Where several have boxes, that is one of this round: all objects once over at their windows'
-        resolution, told apart, so that each then starts from what the others left to it. (With
-        SAM-Med3D before the refiner, its masks are such a start.)
-        """
-        boxed = sum(prompts.box is not None for prompts in case.objects)
-        if boxed < 2 or self._refiner is None or self._coarse is not None:
-            return case.previous
-        results = self.segment(case.objects, case.previous, second_pass=False)
-        return merge(told_apart(results, case), self._volume)
 
     def _move(self, device: torch.device) -> None:
         self.device = device
@@ -152,17 +139,13 @@ class Segmenter:
         release_memory()  # what was moved before it ran out
 
     def segment(
-        self,
-        objects: Sequence[ObjectPrompts],
-        previous: NDArray[np.uint8] | None = None,
-        second_pass: bool = True,
+        self, objects: Sequence[ObjectPrompts], previous: NDArray[np.uint8] | None = None
     ) -> Iterator[ObjectLogits]:
         """Segment objects of the image, each by itself but for clicks: those on others count, too.
 
         Args:
             objects: what is known of each; empty ones are left out.
             previous: (D, H, W) label map of the last round, or None.
-            second_pass: look again, closer, at objects whose windows are coarser than the volume.
 
         Yields:
             Each object's logits, in the order given.
@@ -175,7 +158,7 @@ class Segmenter:
         cells = 1 if self._refiner is None else self._refiner.config.window**3
         batch = windows_at_once(self.device, cells)
         wanted = [o for o in objects if not o.is_empty]
-        tiles = max(1, min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))) if second_pass else 0
+        tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
         known = {} if previous is None else bounding_boxes(previous)
         if any(o.box is None and o.label not in known for o in wanted):
             batch = max(1, batch // len(FIRST_LOOKS))
@@ -289,7 +272,7 @@ class Segmenter:
         if len(looks) == 1:
             result = self._voxels(looks[0], tiles)
         else:
-            share = min(tiles, max(1, tiles // len(looks)))
+            share = max(1, tiles // len(looks))
             result = consensus([self._voxels(look, share, FLOOR) for look in looks])
         return honour_clicks(result, looks[0].prompts.clicks)
 
@@ -297,7 +280,7 @@ class Segmenter:
         """Second pass where the grid is coarser than the volume, then voxels."""
         assert look.logits is not None
         window, logits = look.window, look.logits
-        if tiles and self._refiner is not None and max(window.cell) > _COARSE_CELL:
+        if self._refiner is not None and max(window.cell) > _COARSE_CELL:
             shape = fine_shape(window, _TILE, tiles, self._refiner.config.stride)
             if np.prod(shape) > 1.5 * np.prod(window.shape):
                 window, logits = self._second_pass(self._refiner, look, shape)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from inference.likelihood import intensity_log_odds, likelihood_log_odds, smooth
+from inference.likelihood import likelihood_log_odds, smooth
 
 
 def _scene(contrast: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -50,21 +50,3 @@ def test_smoothing_equals_scipy(shape: tuple[int, int, int]) -> None:
     volume = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     expected = ndimage.gaussian_filter(volume, 0.8, mode="nearest", radius=2)
     np.testing.assert_allclose(smooth(torch.from_numpy(volume)[None], 0.8)[0], expected, atol=1e-5)
-
-
-def test_intensities_alone_correct_a_mask_that_is_nearly_right() -> None:
-    image, truth, _prior = _scene(2.0)
-    shifted = torch.roll(truth, 2, 0)
-    said = intensity_log_odds(torch.cat([image, -image]), torch.stack([shifted, shifted]), 5.0, 0.7)
-    for log_odds in said:
-        assert (log_odds[truth] > 0).float().mean() > 0.98
-        assert (log_odds[~truth] < 0).float().mean() > 0.98
-    assert said.abs().max() <= 5
-    assert said.abs().max() > 4
-
-
-@pytest.mark.parametrize("value", [0, 1])
-def test_intensities_say_nothing_of_a_mask_that_is_empty_or_full(value: int) -> None:
-    image, truth, _ = _scene(2.0)
-    mask = torch.full_like(truth, bool(value))
-    assert not intensity_log_odds(image, mask[None], 5.0, 0.7).any()

@@ -150,39 +150,6 @@ def test_clicks_have_their_way_in_the_result(clicks: list[Click], boxes: bool) -
         assert (labels[click.position] == 1) == click.positive
 
 
-class _Watched(Segmenter):
-    """Notes the label map that objects go on from, and whether they are looked at twice."""
-
-    def segment(self, objects, previous=None, second_pass=True):  # type: ignore[no-untyped-def]
-        self.calls = [*getattr(self, "calls", []), (previous, second_pass)]
-        return super().segment(objects, previous, second_pass)
-
-
-def test_objects_with_boxes_start_from_a_glance_at_all_of_them() -> None:
-    segmenter = _Watched(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
-    _, truth, _ = _phantom()
-    earlier = np.roll(truth, 3, 2)
-    segmenter.segment_case(_case(previous=earlier))
-    (first, at_once), (second, thorough) = segmenter.calls
-    assert first is earlier and not at_once and thorough
-    assert second is not None and set(np.unique(second)) == {0, 1, 2}
-    for label in (1, 2):  # nearer to the truth than what it went on from
-        assert _dice(second == label, truth == label) > _dice(earlier == label, truth == label)
-
-
-def test_one_object_or_none_with_a_box_is_looked_at_without_a_glance() -> None:
-    segmenter = _Watched(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
-    both = _case(clicks=((Click((10, 20, 15), True),), (Click((8, 15, 42), True),)))
-    first, second = both.objects
-    cases = [
-        dataclasses.replace(both, objects=objects)
-        for objects in ((first,), (first, dataclasses.replace(second, box=None)))
-    ]
-    for number, case in enumerate([*cases, _case(False, tuple(o.clicks for o in both.objects))], 1):
-        segmenter.segment_case(case)
-        assert len(segmenter.calls) == number and segmenter.calls[-1] == (None, True)
-
-
 def test_a_click_of_one_object_changes_nothing_outside_its_window() -> None:
     segmenter = _segmenter()
     maps = []

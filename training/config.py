@@ -44,8 +44,8 @@ class Config:
             supervoxel of a real image as the object, and of a painted random shape.
         flip: probability for each axis; permute: of permuted axes; warp: of a rotated, sheared
             and elastically deformed window.
-        upright: probability that a window of CT or MR is neither flipped nor permuted: which way
-            is up tells what an organ is.
+        upright: probability that a body, all that is no microscopy, is neither flipped nor
+            permuted: which way is up tells what an organ is.
         gamma, inversion, low_resolution, blur, shading, noise: probabilities of these changes of
             intensities.
 
@@ -56,8 +56,6 @@ class Config:
             ``"random"``: anywhere in the error, as in the paper.
         click_slack: 0 for the deepest point itself, 1 for anywhere in the component.
         no_click: probability of a refiner's round without a new click.
-        told_apart: probability that the masks of an object with a box are told apart from their
-            surroundings by intensities, round for round (``inference/appearance.py``).
         previous_mask: SAM-Med3D's previous mask: ``"logits"`` (the paper) or ``"binary"`` (what
             inference has).
 
@@ -127,7 +125,6 @@ class Config:
     clicks: Literal["deep", "random"] = "deep"
     click_slack: float = 0.3
     no_click: float = 0.12
-    told_apart: float = 0.0
     previous_mask: Literal["binary", "logits"] = "binary"
 
     dice: float = 1.0
@@ -236,7 +233,7 @@ class Config:
 _PROBABILITIES = (
     *("no_box", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
     *("flip", "permute", "upright", "warp", "gamma", "inversion", "low_resolution", "blur"),
-    *("shading", "noise", "click_slack", "no_click", "told_apart", "ema"),
+    *("shading", "noise", "click_slack", "no_click", "ema"),
 )
 
 

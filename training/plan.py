@@ -167,7 +167,7 @@ class Planner:
         config, whole = self._config, self._store.volumes[volume]
         seen = whole.objects[index]
         order = (0, 1, 2)
-        body = whole.modality in ("CT", "MR")
+        body = whole.modality != "Microscopy"
         # Runs without it keep their windows.
         upright = body and config.upright > 0 and rng.random() < config.upright
         if rng.random() < config.permute and not upright:

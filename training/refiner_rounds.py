@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from inference.appearance import CLIP, SIGMA, TRUST_BOXES, TRUST_CLICKS
-from inference.likelihood import intensity_log_odds
-from inference.prompts import WindowPrompts, normalise_window, refiner_channels
+from inference.prompts import WindowPrompts, refiner_channels
 from training.click_simulation import next_clicks
 from training.config import Config
 from training.dataset import Sample, WindowDataset
@@ -90,30 +88,10 @@ class RefinerRounds:
         channels = refiner_channels(images, prompts, masks.float(), known)
         logits = self._network(channels).float()
         losses = segmentation_loss(logits, targets[:, None].float(), self._config)
-        predicted = self._told_apart(places, images, logits.detach()[:, 0]) > 0
+        predicted = logits.detach()[:, 0] > 0
         self._advance(places, predicted, targets, scores)
         self.samples = {"image": images, "target": targets, "mask": predicted}
         return losses.mean()
-
-    def _told_apart(self, places: list[_Place], images: Tensor, logits: Tensor) -> Tensor:
-        """Logits (B, D, H, W) as ``inference/appearance.py`` leaves them, of some objects.
-
-        Masks then follow intensities more closely than a network's own ones, as they do at
-        inference where several objects have boxes. One object's window stands in for the case.
-        """
-        trust = [
-            (TRUST_CLICKS if place.sample.prompts.clicks else TRUST_BOXES)
-            * self._is_told_apart(place)
-            for place in places
-        ]
-        if not any(trust):
-            return logits
-        said = intensity_log_odds(normalise_window(images), logits > 0, CLIP, SIGMA)
-        return logits + logits.new_tensor(trust)[:, None, None, None] * said
-
-    def _is_told_apart(self, place: _Place) -> bool:
-        chance = np.random.default_rng((self._config.seed, 4, place.number)).random()
-        return place.sample.prompts.box is not None and bool(chance < self._config.told_apart)
 
     def _fill(self, row: list[int], edge: int, dice: Mapping[str, float]) -> None:
         """Draw objects for the places of those that have left."""

@@ -19,7 +19,6 @@ from tests.training.balls import TINY_SAM, config, write_balls
 from training.checkpoint import build_network, load_checkpoint
 from training.config import Config
 from training.dataset import WindowDataset
-from training.losses import dice_score
 from training.optimisation import Optimisation, rate_factor
 from training.run_log import read_log
 from training.train import main
@@ -73,9 +72,7 @@ def test_a_short_run_learns(folder: Path, tmp_path: Path) -> None:
     assert slices["image"].shape == slices["mask"].shape == (4, 16, 16)
 
 
-@pytest.mark.parametrize(
-    "values", [{"accumulate": 2, "hard": 1.0, "told_apart": 0.5}, SAM], ids=["refiner", "sam"]
-)
+@pytest.mark.parametrize("values", [{"accumulate": 2, "hard": 1.0}, SAM], ids=["refiner", "sam"])
 def test_an_interrupted_run_gives_the_same_weights(
     folder: Path, tmp_path: Path, values: dict[str, Any]
 ) -> None:
@@ -87,26 +84,6 @@ def test_an_interrupted_run_gives_the_same_weights(
     assert again.step == 3
     again.run()
     _assert_equal(_weights(tmp_path / "whole"), _weights(tmp_path / "parts"))
-
-
-def test_masks_are_told_apart_by_intensities(folder: Path, tmp_path: Path) -> None:
-    still = {"warp": 0.0, "inversion": 0.0, "synthetic": 0.0, "zoom": 0.0, "rounds": 4}
-
-    def overlap(told_apart: float, no_box: float) -> list[float]:
-        values = {"told_apart": told_apart, "no_box": no_box, "batch": 8, "lr": 0.0}
-        trainer = _trainer(folder, tmp_path / "run", **still, **values)
-        trainer.take_step()
-        places = trainer._rounds._pool.values()  # type: ignore[union-attr]
-        return [
-            float(dice_score(p.mask[None], p.sample.target[None]))
-            for p in places
-            if p.mask is not None
-        ]
-
-    plain, apart = overlap(0.0, 0.0), overlap(1.0, 0.0)
-    assert len(apart) == len(plain) == 8
-    assert all(a > p for a, p in zip(apart, plain, strict=True))  # bright balls, each of them
-    assert overlap(0.0, 1.0) == overlap(1.0, 1.0)  # without a box nothing is
 
 
 def test_a_killed_run_gives_the_same_weights(folder: Path, tmp_path: Path) -> None:
