@@ -73,7 +73,7 @@ def _weighed(
     D, H, W = case.image.shape
     trusts = _trusts(case.objects)
     bins = _binned(case.image[region])
-    clicked = {o.label: _clicked(o, bins, low) for o in case.objects if o.clicks}
+    clicked = {o.label: _clicked(o, bins, low) for o in case.objects}
     ratios = _log_ratios(merge(held, (D, H, W))[region], bins, clicked)
     for one in held:
         trust = trusts[one.label]
