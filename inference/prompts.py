@@ -24,6 +24,7 @@ _CLICK_LOG_ODDS = 6.0
 _CLICK_SIGMA = 2.5  # grid cells
 _CLICK_DECAY = 0.85  # an older click speaks lower, so that the order is seen
 _CLICK_FLOOR = 0.5
+_WRONG_DEPTH = 0.6  # thicknesses that a click lies deep in an error: nothing is sure then
 
 Point = tuple[float, float, float]
 
@@ -84,7 +85,11 @@ def refiner_channels(
     prior = torch.stack(priors) + _PREVIOUS_WEIGHT * signed
     # The first histograms come from the previous mask where there is one.
     start = torch.where(has, 0.9 * hard + 0.05, prior.sigmoid())
-    likelihood = likelihood_log_odds(z_scores, prior, start)
+    # Without a box nothing keeps intensities from taking all that looks alike.
+    clicks = [() if one.box is None else one.clicks for one in prompts]
+    doubt = torch.stack([_doubt(one, mask) for one, mask in zip(prompts, hard, strict=True)])
+    doubt = torch.where(has[:, 0, 0, 0], doubt, torch.ones_like(doubt))
+    likelihood = likelihood_log_odds(z_scores, prior, start, clicks, doubt)
     if coarse is None:
         coarse = torch.zeros_like(likelihood)
     return torch.stack(
@@ -157,6 +162,30 @@ def _axes(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     D, H, W = image.shape[1:]
     z, y, x = (torch.arange(n, device=image.device, dtype=torch.float32) for n in (D, H, W))
     return z[:, None, None], y[None, :, None], x[None, None, :]
+
+
+def _doubt(prompts: WindowPrompts, mask: Tensor) -> Tensor:
+    """How wrong a mask must be, 0..1: how deep in its error the newest click lies.
+
+    Users click where most is wrong. The depth is measured by the mask's own thickness, the radius
+    of the ball with as much surface for its volume, so that thin objects are soon in doubt.
+
+    Args:
+        prompts: in the mask's grid.
+        mask: (D, H, W) of the round before, 0 or 1.
+    """
+    if not prompts.clicks:
+        return mask.new_zeros(())
+    (z, y, x), positive = prompts.clicks[-1]
+    distance: Tensor = sum(  # type: ignore[assignment]
+        (a - p) ** 2 for a, p in zip(_axes(mask[None]), (z, y, x), strict=True)
+    )
+    right = mask > 0 if positive else mask == 0
+    depth = distance.masked_fill(~right, torch.inf).amin().sqrt()
+    faces = sum((mask.diff(dim=axis) != 0).sum() for axis in range(3))
+    # Three volumes over the surface, which steps along the grid make half as large again.
+    thickness = 4.5 * mask.sum() / torch.clamp_min(faces, 1)  # type: ignore[arg-type]
+    return (depth / thickness.clamp_min(0.5) / _WRONG_DEPTH).clamp_max(1) ** 2
 
 
 def _box_maps(

@@ -45,6 +45,32 @@ def test_windows_of_a_batch_do_not_see_each_other() -> None:
     torch.testing.assert_close(both[1], likelihood_log_odds(other, prior)[0])
 
 
+def test_clicks_mend_the_histograms_of_a_wrong_mask() -> None:
+    image, truth, _ = _scene(2.0)
+    wrong = torch.zeros_like(image)
+    wrong[0, 24:, :8] = 1.0  # none of the object
+    clicks = (((10.0, 12.0, 11.0), True), ((26.0, 3.0, 16.0), False))
+
+    def found(clicked: tuple[tuple[tuple[float, float, float], bool], ...], doubt: float) -> float:
+        flat = torch.zeros_like(image)
+        odds = likelihood_log_odds(image, flat, wrong, [clicked], torch.tensor([doubt]))[0]
+        return float((odds[truth] > 0).float().mean())
+
+    assert found(clicks, 1.0) > 0.8 > 0.4 > found((), 1.0)
+    assert found(clicks[:1], 1.0) > 0.8, "a positive one alone"
+    assert found(clicks, 0.0) == found((), 1.0), "of a mask that is right nothing is to be mended"
+
+
+def test_clicks_outside_the_window_are_left_out() -> None:
+    image, _, prior = _scene(2.0)
+    clicks = [(((-1.0, 5.0, 5.0), True), ((5.0, 5.0, 32.0), False))]
+    assert torch.equal(
+        likelihood_log_odds(image, prior, None, clicks), likelihood_log_odds(image, prior)
+    )
+    at_the_border = [(((0.0, 31.0, 0.0), True),)]
+    assert likelihood_log_odds(image, prior, None, at_the_border).isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(9, 11, 13), (1, 8, 30)])
 def test_smoothing_equals_scipy(shape: tuple[int, int, int]) -> None:
     volume = np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from inference.case import Box, Click, ObjectPrompts
@@ -71,6 +72,34 @@ def test_clicks_on_other_objects_speak_against_this_one() -> None:
     seen = _channels(WindowPrompts(elsewhere=((4, 5, 6), (4, 6, 6), (-90, 5, 6))))
     assert seen["likelihood"][4, 5, 6] < -1
     assert not seen["negative_clicks"].any(), "the user said nothing about this object"
+
+
+def test_clicks_are_samples_of_intensities_where_the_mask_is_in_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def recorded(image, prior, mask, clicks, doubt):  # type: ignore[no-untyped-def]
+        seen.append((clicks[0], float(doubt)))
+        return prior
+
+    monkeypatch.setattr("inference.prompts.likelihood_log_odds", recorded)
+    box = ((1.5, 1.5, 1.5), (14.5, 18.5, 22.5))
+    mask = torch.zeros(1, *SHAPE)
+    mask[:, 4:12, 6:14, 8:16] = 1  # a cube of 8, as thick as a ball of radius 6
+    near, deep, within = ((8, 10, 17), True), ((8, 10, 21), True), ((8, 10, 8), False)
+
+    def told(*clicks: tuple[tuple[int, int, int], bool], boxed: bool = True, known: bool = True):  # type: ignore[no-untyped-def]
+        _channels(WindowPrompts(box if boxed else None, 8, clicks), mask if known else None)
+        return seen.pop()
+
+    clicks, little = told(near)
+    assert clicks == (near,) and 0 < little < 0.4
+    assert told(near, deep) == ((near, deep), 1.0), "the newest click says how wrong the mask is"
+    assert told(deep, near)[1] == little
+    assert 0 < told(within)[1] < 0.2, "half in, by one cell"
+    assert told(near, known=False)[1] == 1, "without a mask there are clicks alone"
+    assert told(near, boxed=False)[0] == (), "without a box nothing holds intensities back"
 
 
 def test_prompts_move_with_the_window_and_the_tile() -> None:

@@ -85,7 +85,8 @@ class RefinerRounds:
         )
         known = masks.flatten(1).any(1).tolist()
         prompts = [p.sample.prompts for p in places]
-        channels = refiner_channels(images, prompts, masks.float(), known)
+        with torch.autocast(images.device.type, enabled=False):  # as inference makes them
+            channels = refiner_channels(images, prompts, masks.float(), known)
         logits = self._network(channels).float()
         losses = segmentation_loss(logits, targets[:, None].float(), self._config)
         predicted = logits.detach()[:, 0] > 0
