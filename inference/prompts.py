@@ -174,8 +174,8 @@ def _doubt(prompts: WindowPrompts, mask: Tensor) -> Tensor:
         prompts: in the mask's grid.
         mask: (D, H, W) of the round before, 0 or 1.
     """
-    if not prompts.clicks:
-        return mask.new_zeros(())
+    if prompts.box is None or not prompts.clicks:
+        return mask.new_zeros(())  # nothing asks for it
     (z, y, x), positive = prompts.clicks[-1]
     distance: Tensor = sum(  # type: ignore[assignment]
         (a - p) ** 2 for a, p in zip(_axes(mask[None]), (z, y, x), strict=True)

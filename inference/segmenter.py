@@ -60,6 +60,7 @@ class Segmenter:
         refiner: trained network in evaluation mode, or None for the coarse stage alone.
         coarse: SAM-Med3D in its windows, or None for the refiner alone.
         device: where to compute.
+        unboxed: another refiner for objects without a box, or None for the same.
 
     Attributes:
         device: where the next case is computed.
@@ -74,12 +75,14 @@ class Segmenter:
         refiner: Refiner | None,
         coarse: CoarseStage | None = None,
         device: torch.device | str = "cpu",
+        unboxed: Refiner | None = None,
     ) -> None:
         """Take the networks; no image is set."""
         if refiner is None and coarse is None:
             raise ValueError("neither a refiner nor SAM-Med3D given; accepted: one or both")
         self.device = self.used_device = torch.device(device)
         self._refiner = None if refiner is None else refiner.to(self.device).eval()
+        self._unboxed = self._refiner if unboxed is None else unboxed.to(self.device).eval()
         self._coarse = coarse
         self._image: NDArray[np.generic] | None = None
         self._spacing_mm = (1.0, 1.0, 1.0)
@@ -122,8 +125,8 @@ class Segmenter:
 
     def _move(self, device: torch.device) -> None:
         self.device = device
-        if self._refiner is not None:
-            self._refiner.to(device)
+        for refiner in self._refiners:
+            refiner.to(device)
         if self._coarse is not None:
             self._coarse.to(device)
 
@@ -155,7 +158,7 @@ class Segmenter:
         """
         if self._image is None:
             raise ValueError("no image is set; call set_image first")
-        cells = 1 if self._refiner is None else self._refiner.config.window**3
+        cells = max((refiner.config.window**3 for refiner in self._refiners), default=1)
         batch = windows_at_once(self.device, cells)
         wanted = [o for o in objects if not o.is_empty]
         tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
@@ -168,10 +171,13 @@ class Segmenter:
                 self._begin(prompts, previous, known.get(prompts.label), clicks)
                 for prompts in wanted[i : i + batch]
             ]
-            if self._refiner is not None:
-                self._look(self._refiner, [look for looks in parts for look in looks], previous)
-            for looks in parts:
-                yield self._finish(looks, tiles)
+            for refiner in self._refiners:
+                looks = [look for part in parts for look in part]
+                self._look(
+                    refiner, [k for k in looks if self._asks(k.prompts) is refiner], previous
+                )
+            for part in parts:
+                yield self._finish(part, tiles)
 
     def _begin(
         self,
@@ -181,7 +187,8 @@ class Segmenter:
         clicks: Sequence[tuple[int, Triple]],
     ) -> list[Look]:
         """Choose an object's first windows and, where there is SAM-Med3D, ask it in one of them."""
-        edge = _EDGE if self._refiner is None else self._refiner.config.window
+        refiner = self._asks(prompts)
+        edge = _EDGE if refiner is None else refiner.config.window
         windows = first_windows(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
         elsewhere = [place for label, place in clicks if label != prompts.label]
         looks = [Look(prompts, window, before, elsewhere) for window in windows]
@@ -189,11 +196,20 @@ class Segmenter:
             window = self._coarse.window(windows[0], self._spacing_mm)
             mask = self._previous_cells(window, looks[0], previous)
             logits = self._coarse.logits(self._cells(window), window, prompts, mask)
-            if self._refiner is None:
+            if refiner is None:
                 return [Look(prompts, window, before, (), logits=logits)]
             for look in looks:
                 look.coarse = window, logits
         return looks
+
+    def _asks(self, prompts: ObjectPrompts) -> Refiner | None:
+        """The refiner for an object."""
+        return self._refiner if prompts.box is not None else self._unboxed
+
+    @property
+    def _refiners(self) -> list[Refiner]:
+        """Those there are, each once."""
+        return [one for one in dict.fromkeys((self._refiner, self._unboxed)) if one is not None]
 
     @property
     def _volume(self) -> Triple:
@@ -280,10 +296,11 @@ class Segmenter:
         """Second pass where the grid is coarser than the volume, then voxels."""
         assert look.logits is not None
         window, logits = look.window, look.logits
-        if self._refiner is not None and max(window.cell) > _COARSE_CELL:
-            shape = fine_shape(window, _TILE, tiles, self._refiner.config.stride)
+        refiner = self._asks(look.prompts)
+        if refiner is not None and max(window.cell) > _COARSE_CELL:
+            shape = fine_shape(window, _TILE, tiles, refiner.config.stride)
             if np.prod(shape) > 1.5 * np.prod(window.shape):
-                window, logits = self._second_pass(self._refiner, look, shape)
+                window, logits = self._second_pass(refiner, look, shape)
         if look.prompts.box is not None and look.previous is None and not look.prompts.clicks:
             logits = logits + _BOX_ALONE
         return to_voxels(logits, window, look.prompts.label, self._volume, floor)
@@ -339,9 +356,13 @@ class Segmenter:
         """
         place = choose_device(device)
         bundle = weights if weights or (sam and not refiner) else find_weights()
-        network = load_refiner(bundle) if refiner and bundle else None
-        coarse = None
-        if sam is None and bundle is not None and "sam" in read_metadata(bundle):
+        held = {} if bundle is None else read_metadata(bundle)
+        network = unboxed = coarse = None
+        if refiner and bundle is not None:
+            network = load_refiner(bundle)
+            if "unboxed" in held:
+                unboxed = load_refiner(bundle, "unboxed")
+        if sam is None and "sam" in held:
             sam = bundle
         if sam is not None:
             coarse = CoarseStage(load_sam_med3d(sam), place)
@@ -350,4 +371,4 @@ class Segmenter:
                 f"refiner off, but {bundle} holds no SAM-Med3D; accepted: a bundle with one, or a "
                 "SAM-Med3D checkpoint beside it"
             )
-        return cls(network, coarse, place)
+        return cls(network, coarse, place, unboxed)

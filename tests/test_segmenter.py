@@ -7,6 +7,7 @@ test everything around it.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.geometry import Window
 from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
+from inference.model.weights import save_weights
 from inference.refinement import merge
 from inference.resampling import resample
 from inference.segmenter import Segmenter, to_voxels
@@ -238,6 +240,50 @@ def test_the_cut_to_positive_voxels_loses_none(size: tuple[int, int, int]) -> No
     pasted[cut] = part.logits
     np.testing.assert_array_equal(pasted > 0, whole > 0)
     np.testing.assert_allclose(pasted[whole > 0], whole[whole > 0], atol=1e-5)
+
+
+def test_objects_without_a_box_ask_their_own_refiner() -> None:
+    """Side by side in one case, in windows of another size; each as if it were the only one."""
+    clicks = ((Click((10, 20, 15), True),), (Click((8, 15, 42), True),))
+    mixed = _case(clicks=clicks)
+    boxed, unboxed = mixed.objects[0], dataclasses.replace(mixed.objects[1], box=None)
+    torch.manual_seed(0)
+    small = Refiner(RefinerConfig(channels=(8, 8), blocks=(2, 1), window=24))
+    with torch.no_grad():
+        small.base.mul_(0.5)
+    large = _segmenter()._refiner
+    assert large is not None
+
+    def found(segmenter: Segmenter) -> list[np.ndarray]:
+        segmenter.set_image(mixed.image, mixed.spacing_mm)
+        return [result.logits for result in segmenter.segment([boxed, unboxed])]
+
+    alone = found(Segmenter(large)), found(Segmenter(small))
+    both = found(Segmenter(large, unboxed=small))
+    for i in range(2):
+        np.testing.assert_allclose(both[i], alone[i][i], atol=1e-3)
+        assert alone[0][i].shape != alone[1][i].shape or not np.allclose(alone[0][i], alone[1][i])
+
+
+def test_a_bundle_brings_the_refiner_of_objects_without_a_box(tmp_path: Path) -> None:
+    networks = {
+        "refiner": Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)),
+        "unboxed": Refiner(RefinerConfig(channels=(8, 8), blocks=(2, 1), window=32)),
+    }
+
+    def split(part: str) -> dict[str, torch.Tensor]:
+        return {f"{part}.{n}": t for n, t in networks[part].state_dict().items()}
+
+    path = tmp_path / "both.safetensors"
+    save_weights(
+        path,
+        split("refiner") | split("unboxed"),
+        {k: one.config.to_json() for k, one in networks.items()},
+    )
+    loaded = Segmenter.from_files(path, device="cpu")
+    assert [one.config for one in loaded._refiners] == [one.config for one in networks.values()]
+    save_weights(path, split("refiner"), {"refiner": networks["refiner"].config.to_json()})
+    assert len(Segmenter.from_files(path, device="cpu")._refiners) == 1, "one for all"
 
 
 def test_no_image_is_an_error() -> None:

@@ -7,6 +7,7 @@ The file holds the averaged network in half precision, with its configuration an
 as metadata; equal checkpoints give equal bytes. Its SHA-256 is listed in the ``SHA256SUMS`` beside
 it. Checkpoints of a refiner and of a SAM-Med3D make a bundle of both; several of one kind, runs
 that went on from each other, make the mean of their weights (Wortsman et al. 2022, "Model soups").
+``--unboxed`` adds a refiner that objects without a box have to themselves.
 Figures are taken from the summaries of evaluations of exactly this file
 (``training/model_card.py``).
 """
@@ -33,7 +34,12 @@ _LARGEST_HALF = torch.finfo(torch.float16).max
 _SUMS = "SHA256SUMS"
 
 
-def export(checkpoints: Sequence[Path], out: Path, notes: Mapping[str, str]) -> None:
+def export(
+    checkpoints: Sequence[Path],
+    out: Path,
+    notes: Mapping[str, str],
+    unboxed: Sequence[Path] = (),
+) -> None:
     """Store exponential moving averages in half precision, with what they are and how they came.
 
     Args:
@@ -41,18 +47,25 @@ def export(checkpoints: Sequence[Path], out: Path, notes: Mapping[str, str]) -> 
             is told with that of the others under ``mean_with``.
         out: ends in ``.safetensors``; its folder exists. Replaced only by a whole file.
         notes: further metadata, such as the data.
+        unboxed: checkpoints of the refiner for objects without a box, averaged likewise.
 
     Raises:
-        ValueError: a file is no checkpoint, two of one kind are of different networks, or weights
-            are beyond what half precision holds.
+        ValueError: a file is no checkpoint, two of one kind are of different networks, one for
+            objects without a box is no refiner, or weights are beyond what half precision holds.
     """
     networks: dict[str, list[TrainedNetwork]] = {}
-    for path in checkpoints:
+    given = [*((path, False) for path in checkpoints), *((path, True) for path in unboxed)]
+    for path, without_box in given:
         network = read_checkpoint(path)
-        alike = networks.setdefault(network.kind, [])
+        kind = network.kind
+        if without_box:
+            if kind != "refiner":
+                raise ValueError(f"{path}: a {kind}; accepted for objects without a box: a refiner")
+            kind = "unboxed"
+        alike = networks.setdefault(kind, [])
         alike.append(network)
         if network.config != alike[0].config:
-            raise ValueError(f"{path}: another {network.kind} than the first; accepted: one shape")
+            raise ValueError(f"{path}: another {kind} than the first; accepted: one shape")
         for name, tensor in network.state.items():
             if not (tensor.abs() <= _LARGEST_HALF).all():  # NaN compares false, too
                 raise ValueError(
@@ -77,7 +90,7 @@ def export(checkpoints: Sequence[Path], out: Path, notes: Mapping[str, str]) -> 
     try:
         save_weights(trial, tensors, metadata, dtype=torch.float16)
         for kind in networks:  # what was written can be read
-            (load_refiner if kind == "refiner" else load_sam_med3d)(trial)
+            _ = load_sam_med3d(trial) if kind == "sam" else load_refiner(trial, kind)
         digest = sha256_of(trial)
         trial.replace(out)
     finally:
@@ -109,6 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         help="again for a bundle or a mean",
     )
+    parser.add_argument(
+        "--unboxed", type=Path, default=[], action="append", help="again for a mean"
+    )
     parser.add_argument("--out", type=Path, required=True, help="NAME.safetensors")
     parser.add_argument("--note", nargs="*", default=[], type=_note, metavar="KEY=TEXT")
     parser.add_argument(
@@ -124,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bool(options.figures) != bool(options.card):
         parser.error("--figures and --card go together")
     try:
-        export(options.checkpoint, options.out, dict(options.note))
+        export(options.checkpoint, options.out, dict(options.note), options.unboxed)
         print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB", flush=True)
         if options.card:
             write_figures(options.card, options.out, read_figures(options.figures, options.out))

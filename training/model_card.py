@@ -26,6 +26,11 @@ END = "<!-- figures: end -->"
 
 _TURNS = ("box", *(f"click {n}" for n in range(1, 6)), "AUC")
 _MEAN = "mean of modalities"
+_NETWORKS = (
+    ("refiner", "refiner"),
+    ("unboxed", "refiner of objects without a box"),
+    ("sam", "SAM-Med3D"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def _describe(weights: Path, digest: str) -> str:
     """The file, its networks and how long they were trained, from the file itself."""
     tensors, metadata = read_weights(weights)
     lines = [f"`{weights.name}`, {weights.stat().st_size / 1e6:.1f} MB, SHA-256 `{digest}`:", ""]
-    for kind, title in (("refiner", "refiner"), ("sam", "SAM-Med3D")):
+    for kind, title in _NETWORKS:
         count = sum(t.numel() for name, t in tensors.items() if name.startswith(f"{kind}."))
         if not count:
             continue

@@ -167,9 +167,9 @@ class Planner:
         config, whole = self._config, self._store.volumes[volume]
         seen = whole.objects[index]
         order = (0, 1, 2)
-        body = whole.modality != "Microscopy"
+        shown_upright = whole.modality in ("CT", "MR")
         # Runs without it keep their windows.
-        upright = body and config.upright > 0 and rng.random() < config.upright
+        upright = shown_upright and config.upright > 0 and rng.random() < config.upright
         if rng.random() < config.permute and not upright:
             z, y, x = (int(a) for a in rng.permutation(3))
             order = (z, y, x)

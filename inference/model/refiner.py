@@ -190,19 +190,24 @@ class Refiner(nn.Module):
         )
 
 
-def load_refiner(path: Path) -> Refiner:
-    """Load a refiner, in evaluation mode, from a bundle: tensors ``refiner.*``, config ``refiner``.
+def load_refiner(path: Path, part: str = "refiner") -> Refiner:
+    """Load a refiner of a bundle, in evaluation mode.
+
+    Args:
+        path: the file.
+        part: prefix of its tensors and name of its configuration in the metadata: ``refiner``, or
+            ``unboxed`` for the one that objects without a box have to themselves.
 
     Raises:
-        ValueError: the file holds no refiner, or is damaged.
+        ValueError: the file holds no such refiner, or is damaged.
     """
     state, metadata = read_weights(path)
-    if "refiner" not in metadata:
+    if part not in metadata:
         raise ValueError(
             f"{path}: no refiner in it (metadata {sorted(metadata)}); accepted: a bundle with "
-            "'refiner' in its metadata"
+            f"{part!r} in its metadata"
         )
     with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
-        model = Refiner(RefinerConfig.from_json(metadata["refiner"]))
-    load_state(model, split_prefix(state, "refiner."), str(path))
+        model = Refiner(RefinerConfig.from_json(metadata[part]))
+    load_state(model, split_prefix(state, f"{part}."), str(path))
     return model.eval()

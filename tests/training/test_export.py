@@ -100,6 +100,27 @@ def test_checkpoints_of_one_kind_are_averaged(tmp_path: Path) -> None:
     assert len(training["mean_with"]) == 1 and "config" in training["mean_with"][0]
 
 
+def test_objects_without_a_box_can_have_a_refiner_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = [TINY, dataclasses.replace(TINY, blocks=(2, 2))]
+    networks = [noisy(Refiner(shape)) for shape in shapes]
+    boxed, unboxed = (write_checkpoint(tmp_path / f"{i}.pt", one) for i, one in enumerate(networks))
+    out = tmp_path / "w.safetensors"
+    assert run("--checkpoint", boxed, "--unboxed", unboxed, "--out", out) == 0
+    for part, network in zip(("refiner", "unboxed"), networks, strict=True):
+        loaded = load_refiner(out, part)
+        assert loaded.config == network.config
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+    assert {"refiner_training", "unboxed_training"} <= set(read_metadata(out))
+    before = out.read_bytes()
+    sam = write_checkpoint(tmp_path / "sam.pt", noisy(SamMed3D(SAM)))
+    assert run("--checkpoint", boxed, "--unboxed", sam, "--out", out) == 1
+    assert "sam.pt: a sam; accepted" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
 def test_what_cannot_be_exported_is_refused(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -239,10 +239,11 @@ def test_hard_datasets_are_drawn_more_often(tmp_path: Path) -> None:
     assert share == pytest.approx(0.7**2 / (0.7**2 + 0.2**2), abs=0.06)
 
 
-def test_bodies_stay_upright_and_microscopy_does_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["Microscopy", "PET", "US"])
+def test_ct_and_mr_stay_upright_and_others_do_not(tmp_path: Path, other: str) -> None:
     folder = write_balls(tmp_path)
-    (folder / "CT_balls_1.npz").rename(folder / "Microscopy_balls_1.npz")
-    weights = (("CT", 0.5), ("Microscopy", 0.5))
+    (folder / "CT_balls_1.npz").rename(folder / f"{other}_balls_1.npz")
+    weights = (("CT", 0.5), (other, 0.5))
     turning = {**STILL, "flip": 0.5, "permute": 0.5}
     settings = config(**turning, upright=0.8, modality_weights=weights)
     planner = Planner(VolumeStore(load_folder(folder), "cpu"), settings)
@@ -255,4 +256,4 @@ def test_bodies_stay_upright_and_microscopy_does_not(tmp_path: Path) -> None:
 
     usually = 1 - (0.5 + 0.5 / 6) * 0.5**3  # at random: no flip, no axis elsewhere
     assert turned("CT") == pytest.approx(0.2 * usually, abs=0.07)
-    assert turned("Microscopy") == pytest.approx(usually, abs=0.07)
+    assert turned(other) == pytest.approx(usually, abs=0.07)
