@@ -29,7 +29,7 @@ def test_the_papers_table_is_in_its_file() -> None:
 
 def test_the_default_weights_were_trained_as_their_file_says() -> None:
     told = Config.load(CONFIGS / "default.yaml").to_dict()
-    training = json.loads(read_metadata(find_weights())["training"])
+    training = json.loads(read_metadata(find_weights())["refiner_training"])
     run = Config.from_dict(training["config"]).to_dict()
     assert told.pop("steps") == training["steps"]
     # The run itself ended by the clock; and where it began is said in the file's first lines.
