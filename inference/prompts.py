@@ -180,8 +180,8 @@ def _doubt(prompts: WindowPrompts, mask: Tensor) -> Tensor:
     distance: Tensor = sum(  # type: ignore[assignment]
         (a - p) ** 2 for a, p in zip(_axes(mask[None]), (z, y, x), strict=True)
     )
-    right = mask > 0 if positive else mask == 0
-    depth = distance.masked_fill(~right, torch.inf).amin().sqrt()
+    wrong = mask == 0 if positive else mask > 0
+    depth = distance.masked_fill(wrong, torch.inf).amin().sqrt()
     faces = sum((mask.diff(dim=axis) != 0).sum() for axis in range(3))
     # Three volumes over the surface, which steps along the grid make half as large again.
     thickness = 4.5 * mask.sum() / torch.clamp_min(faces, 1)  # type: ignore[arg-type]
