@@ -53,7 +53,7 @@ class RefinerConfig:
     """
 
     channels: tuple[int, ...] = (32, 64, 96, 128)
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    blocks: tuple[int, ...] = (2, 2, 6, 6)
     window: int = 64
     coarse: bool = False
     without: tuple[str, ...] = ()
