@@ -17,7 +17,7 @@ from inference.consensus import FLOOR, consensus
 from inference.geometry import Triple, Window
 from inference.look import Look
 from inference.memory import in_parts, is_out_of_memory, release_memory, windows_at_once
-from inference.model.refiner import CHANNELS, Refiner, load_refiner
+from inference.model.refiner import CHANNELS, Refiner, load_refiners
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast, choose_device
@@ -356,13 +356,10 @@ class Segmenter:
         """
         place = choose_device(device)
         bundle = weights if weights or (sam and not refiner) else find_weights()
-        held = {} if bundle is None else read_metadata(bundle)
         network = unboxed = coarse = None
         if refiner and bundle is not None:
-            network = load_refiner(bundle)
-            if "unboxed" in held:
-                unboxed = load_refiner(bundle, "unboxed")
-        if sam is None and "sam" in held:
+            network, unboxed = load_refiners(bundle)
+        if sam is None and bundle is not None and "sam" in read_metadata(bundle):
             sam = bundle
         if sam is not None:
             coarse = CoarseStage(load_sam_med3d(sam), place)

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inference.model.refiner import load_refiner
+from inference.model.refiner import load_refiners
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import save_weights, sha256_of
 from training.initial_weights import TrainedNetwork, read_checkpoint
@@ -90,7 +90,7 @@ def export(
     try:
         save_weights(trial, tensors, metadata, dtype=torch.float16)
         for kind in networks:  # what was written can be read
-            _ = load_sam_med3d(trial) if kind == "sam" else load_refiner(trial, kind)
+            _ = load_sam_med3d(trial) if kind == "sam" else load_refiners(trial)
         digest = sha256_of(trial)
         trial.replace(out)
     finally:

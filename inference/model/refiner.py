@@ -190,24 +190,30 @@ class Refiner(nn.Module):
         )
 
 
-def load_refiner(path: Path, part: str = "refiner") -> Refiner:
-    """Load a refiner of a bundle, in evaluation mode.
+def load_refiners(path: Path) -> tuple[Refiner, Refiner | None]:
+    """Load the refiners of a bundle, in evaluation mode, reading and verifying it once.
 
     Args:
-        path: the file.
-        part: prefix of its tensors and name of its configuration in the metadata: ``refiner``, or
-            ``unboxed`` for the one that objects without a box have to themselves.
+        path: the file: tensors ``refiner.*`` with the configuration ``refiner`` in its metadata;
+            ``unboxed.*`` and ``unboxed`` likewise, if there is one.
+
+    Returns:
+        The refiner, and the one that objects without a box have to themselves, or None.
 
     Raises:
-        ValueError: the file holds no such refiner, or is damaged.
+        ValueError: the file holds no refiner, or is damaged.
     """
     state, metadata = read_weights(path)
-    if part not in metadata:
+    if "refiner" not in metadata:
         raise ValueError(
             f"{path}: no refiner in it (metadata {sorted(metadata)}); accepted: a bundle with "
-            f"{part!r} in its metadata"
+            "'refiner' in its metadata"
         )
-    with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
-        model = Refiner(RefinerConfig.from_json(metadata[part]))
-    load_state(model, split_prefix(state, f"{part}."), str(path))
-    return model.eval()
+
+    def build(part: str) -> Refiner:
+        with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
+            model = Refiner(RefinerConfig.from_json(metadata[part]))
+        load_state(model, split_prefix(state, f"{part}."), str(path))
+        return model.eval()
+
+    return build("refiner"), build("unboxed") if "unboxed" in metadata else None

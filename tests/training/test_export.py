@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.model.refiner import Refiner, load_refiner
+from inference.model.refiner import Refiner, load_refiners
 from inference.model.sam_med3d import SamMed3D, load_sam_med3d
 from inference.model.weights import read_metadata, sha256_of, verify_weights
 from tests.phantoms import challenge_case, write_npz
@@ -36,7 +36,7 @@ def test_the_average_is_exported_in_half_precision(tmp_path: Path, checkpoint: P
     out = tmp_path / "w.safetensors"
     assert run("--checkpoint", checkpoint, "--out", out, "--note", "data=three cases") == 0
     average = torch.load(checkpoint, weights_only=True)["average"]
-    for name, tensor in load_refiner(out).state_dict().items():
+    for name, tensor in load_refiners(out)[0].state_dict().items():
         assert torch.equal(tensor, average[name].half().float())
     metadata = read_metadata(out)
     training = json.loads(metadata["training"])
@@ -71,7 +71,7 @@ def test_inference_looks_in_the_windows_of_the_runs_end(tmp_path: Path) -> None:
     run_ = {"windows": [[0.0, 32], [0.6, 48]]}
     checkpoint = write_checkpoint(tmp_path / "c.pt", network, config=run_)
     assert run("--checkpoint", checkpoint, "--out", tmp_path / "w.safetensors") == 0
-    assert load_refiner(tmp_path / "w.safetensors").config.window == 48
+    assert load_refiners(tmp_path / "w.safetensors")[0].config.window == 48
 
 
 def test_two_checkpoints_make_a_bundle(tmp_path: Path, checkpoint: Path) -> None:
@@ -79,7 +79,7 @@ def test_two_checkpoints_make_a_bundle(tmp_path: Path, checkpoint: Path) -> None
     sam = write_checkpoint(tmp_path / "sam.pt", network)
     out = tmp_path / "both.safetensors"
     assert run("--checkpoint", checkpoint, "--checkpoint", sam, "--out", out) == 0
-    assert load_refiner(out).config == TINY
+    assert load_refiners(out)[0].config == TINY
     loaded = load_sam_med3d(out)
     assert loaded.config == SAM
     for name, tensor in network.state_dict().items():
@@ -94,7 +94,7 @@ def test_checkpoints_of_one_kind_are_averaged(tmp_path: Path) -> None:
     assert run("--checkpoint", paths[0], "--checkpoint", paths[1], "--out", out) == 0
     first, second = (one.state_dict() for one in networks)
     assert any(not torch.equal(first[name], second[name]) for name in first)
-    for name, tensor in load_refiner(out).state_dict().items():
+    for name, tensor in load_refiners(out)[0].state_dict().items():
         torch.testing.assert_close(tensor, (first[name] + second[name]) / 2, rtol=1e-3, atol=1e-3)
     training = json.loads(read_metadata(out)["training"])
     assert len(training["mean_with"]) == 1 and "config" in training["mean_with"][0]
@@ -108,9 +108,8 @@ def test_objects_without_a_box_can_have_a_refiner_of_their_own(
     boxed, unboxed = (write_checkpoint(tmp_path / f"{i}.pt", one) for i, one in enumerate(networks))
     out = tmp_path / "w.safetensors"
     assert run("--checkpoint", boxed, "--unboxed", unboxed, "--out", out) == 0
-    for part, network in zip(("refiner", "unboxed"), networks, strict=True):
-        loaded = load_refiner(out, part)
-        assert loaded.config == network.config
+    for loaded, network in zip(load_refiners(out), networks, strict=True):
+        assert loaded is not None and loaded.config == network.config
         for name, tensor in network.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor.half().float())
     assert {"refiner_training", "unboxed_training"} <= set(read_metadata(out))
