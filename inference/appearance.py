@@ -18,13 +18,12 @@ import torch
 from numpy.typing import NDArray
 
 from inference.case import Case, ObjectPrompts
-from inference.likelihood import smooth
+from inference.likelihood import CLICK_BINS, NEIGHBOURS, smooth
 from inference.refinement import SURE, ObjectLogits, hull, merge
 
 _BINS = 64
 _KERNEL = np.array([0.055, 0.245, 0.4, 0.245, 0.055])  # Gaussian of 1.2 bins
-_WIDE_KERNEL = np.exp(-0.5 * (np.arange(-9, 10) / 3) ** 2)  # clicks are few
-_NEIGHBOURS = np.concatenate([np.zeros((1, 3), int), np.eye(3, dtype=int), -np.eye(3, dtype=int)])
+_WIDE_KERNEL = np.exp(-0.5 * (np.arange(-9, 10) / CLICK_BINS) ** 2)
 _CLICKS_WORTH = 1.0  # clicks that say as much of a histogram as a mask does
 _FLOOR = 2e-4  # of a density: what was never seen in a small object may still be there
 _CLIP = 5.0  # log-odds that intensities say at most
@@ -123,7 +122,7 @@ def _clicked(
     for click in prompts.clicks:
         place = np.subtract(click.position, low)
         if click.positive and (place >= 0).all() and (place < bins.shape).all():
-            near = np.clip(place + _NEIGHBOURS, 0, np.array(bins.shape) - 1)
+            near = np.clip(place + np.array(NEIGHBOURS), 0, np.array(bins.shape) - 1)
             found.append(np.bincount(bins[tuple(near.T)], minlength=_BINS) / len(near))
     return np.array(found).reshape(-1, _BINS)
 

@@ -24,8 +24,9 @@ _SIGMA = 0.8  # grid cells
 #: Positive and negative clicks that say as much of a histogram as a doubtful mask does (fitted on
 #: training cases): an object is more alike within itself than all that is around it.
 _CLICKS_WORTH = (0.5, 1.5)
-_CLICK_BINS = 3.0  # sigma: clicks are few
-_NEIGHBOURS = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
+#: Sigma, in bins, of what clicks sample: they are few. And the voxels that each of them samples.
+CLICK_BINS = 3.0
+NEIGHBOURS = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1))
 
 
 def likelihood_log_odds(
@@ -92,12 +93,12 @@ def _clicked(bins: Tensor, clicks: Sequence[Sequence[Click]]) -> tuple[Tensor, T
             cells = cells[((cells >= 0) & (cells <= last)).all(1)]
             if not len(cells):
                 continue
-            near = (cells[:, None] + torch.tensor(_NEIGHBOURS)).reshape(-1, 3)
+            near = (cells[:, None] + torch.tensor(NEIGHBOURS)).reshape(-1, 3)
             z, y, x = torch.minimum(near.clamp_min(0), last).to(bins.device).unbind(1)
             said[i, side] = torch.bincount(bins[i, z, y, x].cpu(), minlength=_BINS)
             count[i, side] = len(cells)
-    radius = round(3 * _CLICK_BINS)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / _CLICK_BINS) ** 2)
+    radius = round(3 * CLICK_BINS)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / CLICK_BINS) ** 2)
     padded = F.pad(said.reshape(-1, 1, _BINS), (radius, radius), mode="replicate")
     said = F.conv1d(padded, kernel[None, None]).reshape(B, 2, _BINS)
     said /= said.sum(-1, keepdim=True).clamp_min(1e-6)
