@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from inference.case import ObjectPrompts
+from inference.case import Box, ObjectPrompts
 from inference.geometry import Triple, Window
+from inference.prompts import WindowPrompts, window_prompts
 from inference.refinement import bounding_box, first_windows, grown_window, touched_faces
 
 _GROWTHS_WITH_BOX = 2
@@ -25,6 +26,7 @@ class Look:
         window: the current one.
         previous: bounding box of the object's mask of the last round, or None.
         elsewhere: voxels (z, y, x) where users clicked on other objects.
+        others: boxes of other objects.
         growths: how often the window has grown.
         resized: whether it was chosen anew for the size found.
         coarse: SAM-Med3D's window and its logits there, or None.
@@ -34,11 +36,16 @@ class Look:
     prompts: ObjectPrompts
     window: Window
     previous: tuple[Triple, Triple] | None
-    elsewhere: Sequence[Triple]
+    elsewhere: Sequence[Triple] = ()
+    others: Sequence[Box] = ()
     growths: int = 0
     resized: bool = False
     coarse: tuple[Window, Tensor] | None = None
     logits: Tensor | None = None
+
+    def prompts_in(self, window: Window) -> WindowPrompts:
+        """All that was said, in the grid of a window."""
+        return window_prompts(self.prompts, window, self.elsewhere, self.others)
 
     def rewindow(self, volume: Triple, spacing_mm: tuple[float, float, float]) -> bool:
         """Choose a better window where the prediction does not suit this one.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference.case import ObjectPrompts
+from inference.case import Box, ObjectPrompts
 from inference.geometry import Window
 from inference.likelihood import likelihood_log_odds
 
@@ -24,6 +24,7 @@ _CLICK_LOG_ODDS = 6.0
 _CLICK_SIGMA = 2.5  # grid cells
 _CLICK_DECAY = 0.85  # an older click speaks lower, so that the order is seen
 _CLICK_FLOOR = 0.5
+_BLOB_SIGMA = 0.6  # half edges of another object's box
 _WRONG_DEPTH = 0.6  # thicknesses that a click lies deep in an error: nothing is sure then
 
 Point = tuple[float, float, float]
@@ -37,14 +38,15 @@ class WindowPrompts:
         box: lower and upper edges (z, y, x), or None.
         middle: z of the slice whose rectangle the box is exact on; ignored without a box.
         clicks: ((z, y, x), positive) in cells, oldest first; may lie outside the window.
-        elsewhere: (z, y, x) of other objects' positive clicks, in any order; they speak through
-            the likelihood.
+        elsewhere: (z, y, x) of other objects' positive clicks, in any order.
+        others: lower and upper edges of other objects' boxes, in any order; ignored without a box.
     """
 
     box: tuple[Point, Point] | None = None
     middle: float = 0.0
     clicks: tuple[tuple[Point, bool], ...] = ()
     elsewhere: tuple[Point, ...] = ()
+    others: tuple[tuple[Point, Point], ...] = ()
 
 
 def refiner_channels(
@@ -64,22 +66,26 @@ def refiner_channels(
         coarse: (B, D, H, W) logits of a coarse stage, or None.
 
     Returns:
-        (B, 9, D, H, W) float32.
+        (B, 10, D, H, W) float32.
     """
     z_scores = normalise_window(image)
     has = torch.tensor(has_previous, device=image.device)[:, None, None, None]
     hard = (previous > 0.5).float()
     signed = torch.where(has, 2 * hard - 1, torch.zeros_like(hard))
-    shapes, boxes, middles, positives, negatives, priors = [], [], [], [], [], []
+    shapes, boxes, middles, positives, negatives, others = [], [], [], [], [], []
+    priors = []
     for one, known in zip(prompts, has_previous, strict=True):
         axes = _axes(image)
         positive, negative, evidence = _click_maps(one, axes)
+        elsewhere = _clicks_elsewhere(one, axes)
         shape, box, middle = _box_maps(one, axes, known)
         shapes.append(shape)
         boxes.append(box)
         middles.append(middle)
         positives.append(positive)
         negatives.append(negative)
+        others.append(torch.maximum(elsewhere, _boxes_elsewhere(one, axes)))
+        evidence.sub_(elsewhere, alpha=_CLICK_LOG_ODDS).clamp_(-_CLICK_LOG_ODDS, _CLICK_LOG_ODDS)
         priors.append(shape + evidence)
     shape_prior = torch.stack(shapes)
     prior = torch.stack(priors) + _PREVIOUS_WEIGHT * signed
@@ -103,13 +109,17 @@ def refiner_channels(
             torch.stack(middles),
             torch.stack(positives),
             torch.stack(negatives),
+            torch.stack(others),
         ),
         dim=1,
     )
 
 
 def window_prompts(
-    prompts: ObjectPrompts, window: Window, elsewhere: Sequence[tuple[int, int, int]] = ()
+    prompts: ObjectPrompts,
+    window: Window,
+    elsewhere: Sequence[tuple[int, int, int]] = (),
+    others: Sequence[Box] = (),
 ) -> WindowPrompts:
     """An object's prompts in the grid of a window.
 
@@ -118,6 +128,7 @@ def window_prompts(
         window: where.
         elsewhere: voxels (z, y, x) where users clicked on other objects; those outside are left
             out.
+        others: boxes of other objects; those outside are left out, and all without a box.
     """
     clicks = tuple((window.to_grid(c.position), c.positive) for c in prompts.clicks)
     away = tuple(
@@ -128,9 +139,19 @@ def window_prompts(
     box = prompts.box
     if box is None:
         return WindowPrompts(clicks=clicks, elsewhere=away)
-    low = window.to_grid([a - 0.5 for a in box.start])
-    high = window.to_grid([b - 0.5 for b in box.stop])
-    return WindowPrompts((low, high), window.to_grid((box.middle, 0, 0))[0], clicks, away)
+
+    def edges(box: Box) -> tuple[Point, Point]:
+        low = window.to_grid([a - 0.5 for a in box.start])
+        return low, window.to_grid([b - 0.5 for b in box.stop])
+
+    sides = (window.start, window.stop)
+    near = [
+        one
+        for one in others
+        if all(a < d and c < b for a, b, c, d in zip(one.start, one.stop, *sides, strict=True))
+    ]
+    middle = window.to_grid((box.middle, 0, 0))[0]
+    return WindowPrompts(edges(box), middle, clicks, away, tuple(edges(one) for one in near))
 
 
 def shifted(prompts: WindowPrompts, tile: tuple[slice, slice, slice]) -> WindowPrompts:
@@ -146,6 +167,7 @@ def shifted(prompts: WindowPrompts, tile: tuple[slice, slice, slice]) -> WindowP
         prompts.middle - z0,
         tuple((moved(position), positive) for position, positive in prompts.clicks),
         tuple(moved(position) for position in prompts.elsewhere),
+        tuple((moved(low), moved(high)) for low, high in prompts.others),
     )
 
 
@@ -226,7 +248,7 @@ def _box_maps(
 def _click_maps(
     prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positive and negative click maps (0..1) and all clicks' log-odds, each (D, H, W)."""
+    """Positive and negative click maps (0..1) and the clicks' log-odds, each (D, H, W)."""
     z, y, x = axes
     maps = {flag: z.new_zeros((z.numel(), y.numel(), x.numel())) for flag in (True, False)}
     evidence = torch.zeros_like(maps[True])
@@ -239,12 +261,37 @@ def _click_maps(
         weight = max(_CLICK_FLOOR, _CLICK_DECAY**age)
         torch.maximum(maps[positive], weight * bump, out=maps[positive])
         evidence.add_(bump, alpha=_CLICK_LOG_ODDS if positive else -_CLICK_LOG_ODDS)
-    if prompts.elsewhere:
-        places = z.new_tensor(prompts.elsewhere)
-        bumps = [
-            torch.exp(-0.5 * ((a.reshape(1, -1) - places[:, i : i + 1]) / _CLICK_SIGMA) ** 2)
-            for i, a in enumerate(axes)
-        ]
-        away = torch.einsum("nz,ny,nx->zyx", *bumps).clamp_max_(1)
-        evidence.add_(away, alpha=-_CLICK_LOG_ODDS)
-    return maps[True], maps[False], evidence.clamp_(-_CLICK_LOG_ODDS, _CLICK_LOG_ODDS)
+    return maps[True], maps[False], evidence
+
+
+def _clicks_elsewhere(prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """(D, H, W), 0..1: near clicks on other objects."""
+    places = axes[0].new_tensor(prompts.elsewhere).reshape(-1, 3)
+    sigmas = torch.full_like(places, _CLICK_SIGMA)
+    return _bumps(places, sigmas, torch.ones_like(places[:, 0]), axes).clamp_max_(1)
+
+
+def _boxes_elsewhere(prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """(D, H, W), 0..0.5: deep in other objects' boxes.
+
+    What lies in a smaller box is likely to be its object. A larger one may hold both, and counts
+    the less the larger it is.
+    """
+    if prompts.box is None:
+        return torch.zeros_like(axes[0] + axes[1] + axes[2])
+    edges = axes[0].new_tensor((prompts.box, *prompts.others))  # (1 + n, 2, 3)
+    half = ((edges[:, 1] - edges[:, 0]) / 2).clamp_min(0.5)
+    volume = half.prod(1)
+    heights = 0.5 * (volume[0] / volume[1:]).clamp_max(1)
+    return _bumps(edges[1:].mean(1), _BLOB_SIGMA * half[1:], heights, axes).clamp_max_(0.5)
+
+
+def _bumps(
+    centres: Tensor, sigmas: Tensor, heights: Tensor, axes: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """(D, H, W) sum of n Gaussians: centres (n, 3), sigmas (n, 3), heights (n,)."""
+    z, y, x = (
+        torch.exp(-0.5 * ((a.reshape(1, -1) - centres[:, i : i + 1]) / sigmas[:, i : i + 1]) ** 2)
+        for i, a in enumerate(axes)
+    )
+    return torch.einsum("nz,ny,nx->zyx", z * heights[:, None], y, x)

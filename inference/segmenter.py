@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inference.appearance import told_apart
-from inference.case import Case, ObjectPrompts
+from inference.case import Box, Case, ObjectPrompts
 from inference.coarse import CoarseStage
 from inference.consensus import FLOOR, consensus
 from inference.geometry import Triple, Window
@@ -21,7 +21,7 @@ from inference.model.refiner import CHANNELS, Refiner, load_refiners
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast, choose_device
-from inference.prompts import refiner_channels, shifted, window_prompts
+from inference.prompts import refiner_channels, shifted
 from inference.refinement import (
     FIRST_LOOKS,
     ObjectLogits,
@@ -166,9 +166,10 @@ class Segmenter:
         if any(o.box is None and o.label not in known for o in wanted):
             batch = max(1, batch // len(FIRST_LOOKS))
         clicks = [(o.label, c.position) for o in wanted for c in o.clicks if c.positive]
+        boxes = [(o.label, o.box) for o in wanted if o.box is not None]
         for i in range(0, len(wanted), batch):
             parts = [
-                self._begin(prompts, previous, known.get(prompts.label), clicks)
+                self._begin(prompts, previous, known.get(prompts.label), clicks, boxes)
                 for prompts in wanted[i : i + batch]
             ]
             for refiner in self._refiners:
@@ -185,19 +186,21 @@ class Segmenter:
         previous: NDArray[np.uint8] | None,
         before: tuple[Triple, Triple] | None,
         clicks: Sequence[tuple[int, Triple]],
+        boxes: Sequence[tuple[int, Box]],
     ) -> list[Look]:
         """Choose an object's first windows and, where there is SAM-Med3D, ask it in one of them."""
         refiner = self._asks(prompts)
         edge = _EDGE if refiner is None else refiner.config.window
         windows = first_windows(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
         elsewhere = [place for label, place in clicks if label != prompts.label]
-        looks = [Look(prompts, window, before, elsewhere) for window in windows]
+        others = [box for label, box in boxes if label != prompts.label]
+        looks = [Look(prompts, window, before, elsewhere, others) for window in windows]
         if self._coarse is not None:
             window = self._coarse.window(windows[0], self._spacing_mm)
             mask = self._previous_cells(window, looks[0], previous)
             logits = self._coarse.logits(self._cells(window), window, prompts, mask)
             if refiner is None:
-                return [Look(prompts, window, before, (), logits=logits)]
+                return [Look(prompts, window, before, logits=logits)]
             for look in looks:
                 look.coarse = window, logits
         return looks
@@ -249,7 +252,7 @@ class Segmenter:
             known.append(mask is not None)
             if mask is not None:
                 masks[i] = mask[0]
-        prompts = [window_prompts(look.prompts, look.window, look.elsewhere) for look in looks]
+        prompts = [look.prompts_in(look.window) for look in looks]
         channels = refiner_channels(images, prompts, masks, known, coarse)
         logits = self._network(refiner, channels)
         boxed = [look.prompts.box is not None for look in looks]
@@ -263,7 +266,7 @@ class Segmenter:
         return logits + trust[0] * channels[:, _SHAPE] + trust[1] * channels[:, _MASK]
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
-        """(B, 9, D, H, W) -> (B, D, H, W) float32 logits."""
+        """(B, 10, D, H, W) -> (B, D, H, W) float32 logits."""
         with torch.inference_mode(), autocast(self.device):
             logits: Tensor = refiner(channels)
         return logits[:, 0]
@@ -315,7 +318,7 @@ class Segmenter:
         coarse = torch.zeros_like(image)
         if look.coarse is not None and refiner.config.coarse:
             coarse = transfer(look.coarse[1][None], look.coarse[0], fine, fill=-6.0)[0]
-        prompts = window_prompts(look.prompts, fine, look.elsewhere)
+        prompts = look.prompts_in(fine)
         z, y, x = (min(_TILE, n) for n in shape)
         tiles = [t for t in tile_grid(shape, (z, y, x)) if 0 < float(mask[t].mean()) < 1]
 

@@ -72,6 +72,23 @@ def test_clicks_on_other_objects_speak_against_this_one() -> None:
     seen = _channels(WindowPrompts(elsewhere=((4, 5, 6), (4, 6, 6), (-90, 5, 6))))
     assert seen["likelihood"][4, 5, 6] < -1
     assert not seen["negative_clicks"].any(), "the user said nothing about this object"
+    assert seen["others"][4, 5, 6] == 1 and seen["others"][12, 15, 20] < 0.01
+
+
+def test_boxes_of_other_objects_are_shown_the_smaller_ones_more() -> None:
+    box = ((1.5, 1.5, 1.5), (13.5, 17.5, 21.5))
+    small = ((2.5, 2.5, 2.5), (5.5, 5.5, 5.5))
+    large = ((-12.5, -18.5, 8.5), (27.5, 37.5, 31.5))  # with its centre at (7.5, 9.5, 20)
+    shown = _channels(WindowPrompts(box, 8, others=(small, large)))["others"]
+    assert shown[4, 4, 4] > 0.45 and shown[4, 8, 4] < 0.1
+    weight = 12 * 16 * 20 / (40 * 56 * 23)
+    assert shown[7, 9, 20] == pytest.approx(0.5 * weight, rel=0.01)
+    crowded = _channels(WindowPrompts(box, 8, elsewhere=((4, 4, 4),), others=(small,) * 9))[
+        "others"
+    ]
+    assert crowded[4, 4, 4] == 1, "a click is more than boxes"
+    assert crowded[6, 4, 4] <= 1 and crowded.sum() < 9 * shown.sum()
+    assert not _channels(WindowPrompts(others=(small,)))["others"].any(), "nothing to compare with"
 
 
 def test_clicks_are_samples_of_intensities_where_the_mask_is_in_doubt(
@@ -104,11 +121,14 @@ def test_clicks_are_samples_of_intensities_where_the_mask_is_in_doubt(
 
 def test_prompts_move_with_the_window_and_the_tile() -> None:
     window = Window((10, 0, 20), (26, 40, 44), (8, 20, 24))
-    prompts = ObjectPrompts(1, Box((12, 4, 22), (20, 30, 40), 16), (Click((11, 1, 20), False),))
-    found = window_prompts(prompts, window, [(11, 1, 20), (9, 1, 20), (11, 40, 20)])
+    box, away = Box((12, 4, 22), (20, 30, 40), 16), Box((26, 4, 22), (30, 30, 40), 28)
+    prompts = ObjectPrompts(1, box, (Click((11, 1, 20), False),))
+    found = window_prompts(prompts, window, [(11, 1, 20), (9, 1, 20), (11, 40, 20)], [away, box])
     assert found.clicks == ((window.to_grid((11, 1, 20)), False),)
     assert found.elsewhere == (window.to_grid((11, 1, 20)),), "those outside are left out"
+    assert found.others == (found.box,), "those outside are left out"
     moved = shifted(found, (slice(2, 6), slice(3, 9), slice(0, 8)))
+    assert moved.others == (moved.box,)
     assert found.box and moved.box and moved.middle == found.middle - 2
     for a, b in zip((*found.box, *found.elsewhere), (*moved.box, *moved.elsewhere), strict=True):
         assert b == (a[0] - 2, a[1] - 3, a[2])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.geometry import Window
-from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
+from inference.model.refiner import CHANNELS, Refiner, RefinerConfig, load_refiners
 from inference.model.weights import save_weights
 from inference.refinement import merge
 from inference.resampling import resample
@@ -286,6 +286,49 @@ def test_a_bundle_brings_the_refiner_of_objects_without_a_box(tmp_path: Path) ->
     assert len(Segmenter.from_files(path, device="cpu")._refiners) == 1, "one for all"
 
 
+@pytest.mark.parametrize("boxes", [True, False])
+def test_objects_know_of_each_others_boxes_and_clicks(
+    boxes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a box before there are clicks; without boxes of clicks."""
+    known = []
+    run = Segmenter._network
+
+    def recorded(self: Segmenter, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
+        known.append(float(channels[0, CHANNELS.index("others")].max()))
+        return run(self, refiner, channels)
+
+    monkeypatch.setattr(Segmenter, "_network", recorded)
+    clicks = ((Click((10, 20, 15), True),), (Click((8, 15, 40), True),))
+    case = _case() if boxes else _case(boxes=False, clicks=clicks)
+    one, other = case.objects
+    if boxes:
+        other = dataclasses.replace(one, label=2)  # about the same place
+    segmenter = _segmenter()
+    segmenter.set_image(case.image, case.spacing_mm)
+    list(segmenter.segment([one]))
+    assert not any(known)
+    next(segmenter.segment([one, other]))
+    assert known[-1] == pytest.approx(0.5 if boxes else 1, abs=0.1)
+
+
+def test_weights_from_before_a_channel_ignore_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)).eval()
+    torch.nn.init.normal_(refiner.head.weight)
+    seen = torch.randn(1, len(CHANNELS), 8, 8, 8)
+    seen[:, CHANNELS.index("others")] = 0
+    expected = refiner(seen)
+    state = {f"refiner.{n}": t for n, t in refiner.state_dict().items()}
+    state["refiner.stem.weight"] = state["refiner.stem.weight"][:, :9].contiguous()
+    path = tmp_path / "old.safetensors"
+    save_weights(path, state, {"refiner": refiner.config.to_json()})
+    old, _ = load_refiners(path)
+    assert old(seen).equal(expected)
+    seen[:, CHANNELS.index("others")] = 1
+    assert old(seen).equal(expected) and not refiner(seen).equal(expected)
+
+
 def test_no_image_is_an_error() -> None:
     with pytest.raises(ValueError, match="call set_image first"):
         next(_segmenter().segment([ObjectPrompts(1)]))
@@ -311,5 +354,5 @@ def test_the_refiner_names_the_shape_it_cannot_take() -> None:
     refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1)))
     with pytest.raises(ValueError, match=r"received \(30, 32, 32\); accepted: multiples of 4"):
         refiner(torch.zeros(1, len(CHANNELS), 30, 32, 32))
-    with pytest.raises(ValueError, match=r"accepted: \(B, 9, D, H, W\)"):
+    with pytest.raises(ValueError, match=r"accepted: \(B, 10, D, H, W\)"):
         refiner(torch.zeros(1, 3, 32, 32, 32))

@@ -38,6 +38,7 @@ class Config:
             on. Inference uses the last one. SAM-Med3D's is ``sam.image_size``.
         box_scale: range of the window's edge in boxes.
         no_box: probability that an object comes without a box.
+        others: probability that the other objects of a volume have prompts, too.
         sloppy_box: probability that each face of a box is off by some percent.
         zoom: probability of a close look at a part of a large object, with a mask given.
         synthetic, supervoxels, shapes: probabilities of an image painted on a label map, of a
@@ -104,6 +105,7 @@ class Config:
     windows: tuple[tuple[float, int], ...] = ((0.0, 48),)
     box_scale: tuple[float, float] = (1.5, 2.2)
     no_box: float = 0.28
+    others: float = 0.6
     sloppy_box: float = 0.0
     zoom: float = 0.35
     synthetic: float = 0.18
@@ -231,7 +233,7 @@ class Config:
 
 
 _PROBABILITIES = (
-    *("no_box", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
+    *("no_box", "others", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
     *("flip", "permute", "upright", "warp", "gamma", "inversion", "low_resolution", "blur"),
     *("shading", "noise", "click_slack", "no_click", "ema"),
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from inference.prompts import WindowPrompts
@@ -31,6 +31,7 @@ class Sample:
         image: (D, H, W) float32 intensities of any scale.
         target: (D, H, W) bool.
         prompts: a box, or a first click.
+        elsewhere: in cells, where the user clicks on other objects once this one is clicked on.
         mask: (D, H, W) bool, a given earlier mask, or None.
         cell: edge lengths of a cell in voxels.
         source: where the object comes from, for the log.
@@ -39,6 +40,7 @@ class Sample:
     image: Tensor
     target: Tensor
     prompts: WindowPrompts
+    elsewhere: tuple[Point, ...]
     mask: Tensor | None
     cell: Point
     source: str
@@ -154,14 +156,16 @@ class WindowDataset:
         source = self.store.volumes[plan.volume].source
         if plan.kind in ("supervoxel", "shape"):
             source = f"Synthetic_{plan.kind}"
-        sample = Sample(image, target, WindowPrompts(), None, plan.cell, source)
+        elsewhere = _outside(target, plan.elsewhere)
+        sample = Sample(image, target, WindowPrompts(), elsewhere, None, plan.cell, source)
         if plan.zoomed:
             sample.mask = perturb_mask(target, chance)
         if plan.boxed:
             low, high, middle = plan.box or challenge_box(target.cpu().numpy(), plan.padding)
             if chance.happens(self._config.sloppy_box):
                 low, high = _sloppy(low, high, chance)
-            sample.prompts = WindowPrompts((low, high), middle)
+            others = tuple((_point(a), _point(b)) for a, b in plan.others.tolist())
+            sample.prompts = WindowPrompts((low, high), middle, others=others)
         else:
             (click,) = next_clicks(
                 torch.zeros_like(target)[None],
@@ -172,8 +176,19 @@ class WindowDataset:
                 self._config.click_slack,
             )
             assert click is not None
-            sample.prompts = dataclasses.replace(sample.prompts, clicks=(click,))
+            sample.prompts = WindowPrompts(clicks=(click,), elsewhere=elsewhere)
         return sample
+
+
+def _point(values: Sequence[float]) -> Point:
+    z, y, x = values
+    return z, y, x
+
+
+def _outside(target: Tensor, places: NDArray[np.float64]) -> tuple[Point, ...]:
+    """Those of (n, 3) cells that are not the object's: a deformation may have moved it there."""
+    z, y, x = torch.from_numpy(places).round().long().to(target.device).unbind(1)
+    return tuple(_point(place) for place in places[~target[z, y, x].cpu().numpy()].tolist())
 
 
 def _sloppy(low: Point, high: Point, chance: Chance) -> tuple[Point, Point]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inference.model.refiner import Refiner, RefinerConfig
+from inference.model.refiner import Refiner, RefinerConfig, with_all_channels
 from inference.model.sam_med3d import SamMed3D, SamMed3DConfig, load_sam_med3d
 from inference.model.weights import find_weights, read_weights, split_prefix
 
@@ -150,7 +150,8 @@ def _read_network(
         else:
             if network.kind != kind:
                 raise ValueError(f"{path}: a checkpoint of {network.kind!r}; accepted: {kind!r}")
-            return network.config, network.state
+            state = network.state
+            return network.config, with_all_channels(state) if kind == "refiner" else state
     if kind == "sam":
         network_of_file: nn.Module = load_sam_med3d(path)
         return network_of_file.config, network_of_file.state_dict()  # type: ignore[return-value]
@@ -160,4 +161,5 @@ def _read_network(
             f"{path}: no refiner in it (metadata {sorted(metadata)}); accepted: a bundle with "
             "'refiner' in its metadata, or a training checkpoint"
         )
-    return RefinerConfig.from_json(metadata["refiner"]), split_prefix(state, "refiner.")
+    tensors = with_all_channels(split_prefix(state, "refiner."))
+    return RefinerConfig.from_json(metadata["refiner"]), tensors

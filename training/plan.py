@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.geometry import Triple, Window, window_around
+from inference.geometry import Window
 from training.config import Config
-from training.volumes import LabelledVolume, Point, TrainingObject, VolumeStore
+from training.view import View, about_box, about_click, public_window, zoomed_window
+from training.volumes import Point, TrainingObject, VolumeStore
 
 Kind = Literal["real", "painted", "supervoxel", "shape"]
 
-_PUBLIC_SPACING_MM = 1.5  # windows of public SAM-Med3D checkpoints; inference/coarse.py
-_PUBLIC_MARGIN = 1.2  # a larger object gets a coarser window, this much larger than it
+_SEEN_BESIDE = 0.9  # of the other objects of a volume, where they have prompts
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Plan:
             from the mask.
         padding: of a box taken from the mask, in cells.
         zoomed: whether a mask is given, the window showing a part of the object.
+        elsewhere: (n, 3) in cells, where the user clicks on other objects.
+        others: (n, 2, 3) in cells, lower and upper edges of other objects' boxes.
         seed: of everything random that follows.
     """
 
@@ -59,6 +61,8 @@ class Plan:
     box: tuple[Point, Point, float] | None
     padding: Point
     zoomed: bool
+    elsewhere: NDArray[np.float64]
+    others: NDArray[np.float64]
     seed: int
 
 
@@ -173,20 +177,20 @@ class Planner:
         if rng.random() < config.permute and not upright:
             z, y, x = (int(a) for a in rng.permutation(3))
             order = (z, y, x)
-        view = _View(whole, seen, order, rng)
+        view = View(whole, seen, order, rng)
         made_up = kind in ("supervoxel", "shape")
         zoomed = False
         if config.network == "sam_med3d" and config.sam.windows == "1.5mm":
-            window = _public_window(view, edge)
+            window = public_window(view, edge)
         else:
             window = self._window(view, boxed, edge, rng)
             large = max(window.size) > 1.25 * edge
             refining = config.network == "refiner" and not made_up
-            zoomed = refining and boxed and large and rng.random() < config.zoom
+            zoomed = refining and large and rng.random() < config.zoom
             if zoomed:
-                window = _zoom(window, view, edge, rng)
+                window = zoomed_window(window, view, edge, rng)
             elif not boxed and not made_up and rng.random() < 0.6:
-                window = _about_click(view, edge, rng)
+                window = about_click(view, edge, rng)
         size = np.array(window.size, float)
         scale = np.zeros((3, 3))
         for axis in range(3):
@@ -202,6 +206,13 @@ class Planner:
             bend = rng.normal(0, 0.035, (3, 4, 4, 4)).astype(np.float32)
         z, y, x = (p / c for p, c in zip(view.padding, window.cell, strict=True))
         box = None if warped or made_up else _flipped(view.box(window), flips, edge)
+        seed = int(rng.integers(2**62))
+        beside: list[TrainingObject] = []
+        chance = np.random.default_rng((seed, 1))
+        if not made_up and chance.random() < config.others:
+            known = chance.random(len(whole.objects)) < _SEEN_BESIDE
+            beside = [o for o, k in zip(whole.objects, known, strict=True) if k and o is not seen]
+        cells = _Cells(scale @ turn, origin, edge)
         return Plan(
             kind,
             volume,
@@ -216,10 +227,12 @@ class Planner:
             box,
             (z, y, x),
             zoomed,
-            int(rng.integers(2**62)),
+            cells.clicks(beside, chance, deepest=not boxed),
+            cells.boxes(beside, view, window.cell),
+            seed,
         )
 
-    def _window(self, view: _View, boxed: bool, edge: int, rng: np.random.Generator) -> Window:
+    def _window(self, view: View, boxed: bool, edge: int, rng: np.random.Generator) -> Window:
         """A window about a box: as inference chooses it, with jitter; freer without a box."""
         low, high, _ = view.edges
         centre = [(a + b + 1) / 2 for a, b in zip(low, high, strict=True)]
@@ -234,107 +247,50 @@ class Planner:
         centre = [
             c + float(rng.uniform(-shift, shift)) * s for c, s in zip(centre, size, strict=True)
         ]
-        return _cube(centre, edges, edge, view.spacing_mm, scale)
+        return about_box(centre, edges, edge, view.spacing_mm, scale)
 
 
-class _View:
-    """An object with its axes permuted: ``order`` names the volume's axis of each axis here."""
+@dataclass(frozen=True)
+class _Cells:
+    """A window's cells as places in its volume, but for an elastic deformation of a cell or so.
 
-    def __init__(
-        self, volume: LabelledVolume, seen: TrainingObject, order: Triple, rng: np.random.Generator
-    ) -> None:
-        self._seen, self._order = seen, order
-        self.spacing_mm = self._turned(volume.spacing_mm)
-        shape = self._turned(volume.labels.shape)
-        # The challenge's random padding: 0..5 px for a 256 px image, proportionally else.
-        y, x = (float(rng.integers(0, 6)) * n / 256 for n in shape[1:])
-        self.padding = (0.0, y, x)
-        low, high, middle = seen.boxes[order[0]]
-        padded = (self._turned(low), self._turned(high))
-        z0, y0, x0 = (c - p for c, p in zip(padded[0], self.padding, strict=True))
-        z1, y1, x1 = (c + p for c, p in zip(padded[1], self.padding, strict=True))
-        self.edges = ((z0, y0, x0), (z1, y1, x1), middle)
-
-    def _turned(self, values: tuple[float, ...]) -> Point:
-        z, y, x = (values[axis] for axis in self._order)
-        return z, y, x
-
-    @property
-    def size_mm(self) -> list[float]:
-        """Edges of the object's bounding box."""
-        size = [b - a for a, b in zip(self._seen.start, self._seen.stop, strict=True)]
-        return [n * mm for n, mm in zip(self._turned(tuple(size)), self.spacing_mm, strict=True)]
-
-    @property
-    def centre(self) -> list[float]:
-        """Of the bounding box, as an edge coordinate: voxel 0 lies between 0 and 1."""
-        middle = [(a + b) / 2 for a, b in zip(self._seen.start, self._seen.stop, strict=True)]
-        return list(self._turned(tuple(middle)))
-
-    @property
-    def deepest(self) -> Point:
-        return self._turned(self._seen.deepest)
-
-    @property
-    def surface(self) -> NDArray[np.int32]:
-        return self._seen.surface[:, list(self._order)]
-
-    def box(self, window: Window) -> tuple[Point, Point, float]:
-        """The challenge's box in a window's cells."""
-        low, high, middle = self.edges
-        return window.to_grid(low), window.to_grid(high), window.to_grid((middle, 0, 0))[0]
-
-
-def _cube(
-    centre: list[float], edges: list[float], cells: int, spacing_mm: Point, scale: float = 1.0
-) -> Window:
-    """``window_around`` a box given by its centre and edges."""
-    return window_around(
-        [c - e / 2 for c, e in zip(centre, edges, strict=True)],
-        [c + e / 2 for c, e in zip(centre, edges, strict=True)],
-        (cells, cells, cells),
-        spacing_mm,
-        scale,
-    )
-
-
-def _about_click(view: _View, edge: int, rng: np.random.Generator) -> Window:
-    """A cube in millimetres about an object's deepest point: the first look without a box.
-
-    It may be smaller than the object: then the prediction has to reach its border, so that
-    inference knows to look further.
+    Attributes:
+        matrix: (3, 3) from the window's -1..1 to voxels.
+        origin: (3,) the window's centre.
+        edge: cells along each axis.
     """
-    cube = max(view.size_mm) * float(np.exp(rng.uniform(np.log(0.4), np.log(4.0))))
-    edges = [cube / mm for mm in view.spacing_mm]
-    centre = [
-        p + float(rng.uniform(-0.1, 0.1)) * e for p, e in zip(view.deepest, edges, strict=True)
-    ]
-    return _cube(centre, edges, edge, view.spacing_mm)
 
+    matrix: NDArray[np.float64]
+    origin: NDArray[np.float64]
+    edge: int
 
-def _public_window(view: _View, edge: int) -> Window:
-    """The cube at 1.5 mm about the object that public SAM-Med3D checkpoints see.
+    def clicks(
+        self, objects: Sequence[TrainingObject], rng: np.random.Generator, deepest: bool
+    ) -> NDArray[np.float64]:
+        """(n, 3) a click an object, those outside left out: deepest, or from there outwards."""
+        points = np.array([one.deepest for one in objects], float).reshape(-1, 3)
+        if not deepest:
+            border = [one.surface[rng.integers(len(one.surface))] for one in objects]
+            away = np.array(border).reshape(-1, 3) - points
+            points += rng.uniform(0, 0.8, (len(points), 1)) * away
+        places = self._of(points)
+        return places[((places > -0.5) & (places < self.edge - 0.5)).all(1)]
 
-    Of an object too large for it, a coarser cube, as ``inference/coarse.py`` chooses it.
-    """
-    cube = max(_PUBLIC_SPACING_MM * edge, _PUBLIC_MARGIN * max(view.size_mm))
-    start, stop = [], []
-    for centre, mm in zip(view.centre, view.spacing_mm, strict=True):
-        n = max(1, round(cube / mm))
-        start.append(round(centre - n / 2))
-        stop.append(start[-1] + n)
-    return Window((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]), (edge, edge, edge))
+    def boxes(
+        self, objects: Sequence[TrainingObject], view: View, cell: Point
+    ) -> NDArray[np.float64]:
+        """(n, 2, 3) boxes, those outside left out; upright, however the window is turned."""
+        edges = np.array([view.edges_of(one) for one in objects]).reshape(-1, 2, 3)
+        half = (edges[:, 1] - edges[:, 0]) / 2 / np.array(cell)
+        centre = self._of(view.of_volume(edges.mean(1)))
+        near = ((centre + half > -0.5) & (centre - half < self.edge - 0.5)).all(1)
+        return np.stack([centre - half, centre + half], 1)[near]
 
-
-def _zoom(window: Window, view: _View, edge: int, rng: np.random.Generator) -> Window:
-    """A finer window about a random surface voxel, as the second pass sees it."""
-    surface = view.surface
-    point = surface[rng.integers(len(surface))].tolist()
-    share = float(rng.uniform(0.3, 0.75))
-    edges = [round(min(max(s * share, edge), s)) for s in window.size]
-    low = [round(p - e * float(rng.uniform(0.25, 0.75))) for p, e in zip(point, edges, strict=True)]
-    high = [a + e for a, e in zip(low, edges, strict=True)]
-    return Window((low[0], low[1], low[2]), (high[0], high[1], high[2]), window.shape)
+    def _of(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n, 3) voxels as cells."""
+        u = (points - self.origin) @ np.linalg.inv(self.matrix).T
+        places: NDArray[np.float64] = (u + 1) * (self.edge / 2) - 0.5
+        return places
 
 
 def _rotation(rng: np.random.Generator) -> NDArray[np.float64]:

@@ -144,7 +144,9 @@ class RefinerRounds:
                 place.left = 0
             elif not quiet:
                 known = sample.prompts.clicks
-                sample.prompts = dataclasses.replace(sample.prompts, clicks=(*known, click))
+                sample.prompts = dataclasses.replace(
+                    sample.prompts, clicks=(*known, click), elsewhere=sample.elsewhere
+                )
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on, as plain values and tensors."""

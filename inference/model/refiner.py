@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ CHANNELS = (
     "middle_slice",
     "positive_clicks",
     "negative_clicks",
+    "others",
 )
 _LIKELIHOOD = CHANNELS.index("likelihood")
 _PREVIOUS = CHANNELS.index("previous_mask")
@@ -150,7 +152,7 @@ class Refiner(nn.Module):
         """Segment windows.
 
         Args:
-            channels: (B, 9, D, H, W) in the order of :data:`CHANNELS`; D, H, W multiples of
+            channels: (B, 10, D, H, W) in the order of :data:`CHANNELS`; D, H, W multiples of
                 ``config.stride``.
 
         Returns:
@@ -190,6 +192,19 @@ class Refiner(nn.Module):
         )
 
 
+def with_all_channels(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A refiner's tensors, blind to the channels that there were not yet when it was trained.
+
+    Channels are only ever added at the end of :data:`CHANNELS`; weights of zero ignore them.
+    """
+    completed = dict(state)
+    stem = completed.get("stem.weight")
+    if stem is not None and stem.ndim == 5 and stem.shape[1] < len(CHANNELS):
+        lacking = len(CHANNELS) - stem.shape[1]
+        completed["stem.weight"] = F.pad(stem, (0, 0, 0, 0, 0, 0, 0, lacking))
+    return completed
+
+
 def load_refiners(path: Path) -> tuple[Refiner, Refiner | None]:
     """Load the refiners of a bundle, in evaluation mode, reading and verifying it once.
 
@@ -213,7 +228,7 @@ def load_refiners(path: Path) -> tuple[Refiner, Refiner | None]:
     def build(part: str) -> Refiner:
         with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
             model = Refiner(RefinerConfig.from_json(metadata[part]))
-        load_state(model, split_prefix(state, f"{part}."), str(path))
+        load_state(model, with_all_channels(split_prefix(state, f"{part}.")), str(path))
         return model.eval()
 
     return build("refiner"), build("unboxed") if "unboxed" in metadata else None

@@ -57,6 +57,22 @@ def write_checkpoint(path: Path, model: Refiner | SamMed3D, **changes: object) -
     return path
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_network_of_fewer_channels_is_blind_to_the_new_one(tmp_path: Path, suffix: str) -> None:
+    before, model = noisy(Refiner(TINY)), Refiner(TINY)
+    state = before.state_dict()
+    state["stem.weight"] = state["stem.weight"][:, :9].contiguous()
+    path = tmp_path / f"old{suffix}"
+    if suffix == ".pt":
+        write_checkpoint(path, Refiner(TINY), average=state)
+    else:
+        named = {f"refiner.{n}": t for n, t in state.items()}
+        save_weights(path, named, {"refiner": TINY.to_json()})
+    assert initialise(model, path) == []
+    assert model.stem.weight[:, :9].equal(state["stem.weight"])
+    assert not model.stem.weight[:, 9:].any() and model.stem.weight.shape[1] == 10
+
+
 def test_the_default_weights_are_a_start() -> None:
     model = Refiner()
     assert initialise(model, "default") == []

@@ -93,6 +93,33 @@ def test_windows_look_as_inference_sees_them(store: VolumeStore, edge: int) -> N
     assert np.mean(off[0.5], 0) == pytest.approx(np.full(6, 0.5), abs=0.1)
 
 
+def test_prompts_of_other_objects_lie_where_these_are(tmp_path: Path) -> None:
+    """In windows turned, flipped and permuted at will, judged by the labels cut with them."""
+    store = VolumeStore(load_folder(write_balls(tmp_path)), "cpu")
+    planner = Planner(store, config(warp=0.5, permute=0.5, others=1.0, no_box=0.5, synthetic=0.0))
+    clicked, boxes = [], []
+    for i in range(200):
+        plan = planner.plan(i, np.random.default_rng(i), 32)
+        (labels,), _ = cut_windows(store, [plan], shown=False)
+        for z, y, x in plan.elsewhere.round().astype(int):
+            clicked.append(int(labels[z, y, x]) == 3 - plan.label)
+        there = (labels == 3 - plan.label).numpy()
+        whole = not any(there.take(side, axis).any() for axis in range(3) for side in (0, -1))
+        if plan.bend is None and there.any() and whole:
+            (pair,) = plan.others
+            where = np.argwhere(there)
+            found = np.array([where.min(0) - 0.5, where.max(0) + 0.5])
+            boxes.append(np.abs(pair - found).max() - max(plan.padding))
+    assert len(clicked) > 60 and np.mean(clicked) > 0.9
+    assert len(boxes) > 20 and np.median(boxes) < 1, "cells, the padding apart"
+
+
+def test_others_may_be_unknown(store: VolumeStore) -> None:
+    planner = Planner(store, config(others=0.5, synthetic=0.0))
+    known = [len(planner.plan(i, np.random.default_rng(i), 16).others) for i in range(200)]
+    assert 0.3 < np.mean(np.array(known) > 0) < 0.6
+
+
 def test_objects_end_where_the_volume_ends(tmp_path: Path) -> None:
     """Also in coarse levels, whose last voxels reach beyond it."""
     shape = (33, 33, 65)

@@ -1,0 +1,136 @@
+"""An object as it may be looked at: its boxes with axes permuted, and windows about it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inference.geometry import Triple, Window, window_around
+from training.volumes import LabelledVolume, Point, TrainingObject
+
+_PUBLIC_SPACING_MM = 1.5  # windows of public SAM-Med3D checkpoints; inference/coarse.py
+_PUBLIC_MARGIN = 1.2  # a larger object gets a coarser window, this much larger than it
+
+
+class View:
+    """An object with the axes of its volume permuted.
+
+    Args:
+        volume: that it lies in.
+        seen: the object.
+        order: the volume's axis of each axis here.
+        rng: draws how far boxes are padded.
+
+    Attributes:
+        spacing_mm: along the axes here, as everything that follows.
+        padding: of boxes, in voxels.
+        edges: of its padded box, lower and upper, and its middle slice.
+    """
+
+    def __init__(
+        self, volume: LabelledVolume, seen: TrainingObject, order: Triple, rng: np.random.Generator
+    ) -> None:
+        """Draw the padding."""
+        self._seen, self._order = seen, order
+        self.spacing_mm = self._turned(volume.spacing_mm)
+        shape = self._turned(volume.labels.shape)
+        # The challenge's random padding: 0..5 px for a 256 px image, proportionally else.
+        y, x = (float(rng.integers(0, 6)) * n / 256 for n in shape[1:])
+        self.padding = (0.0, y, x)
+        self.edges = (*self.edges_of(seen), seen.boxes[order[0]][2])
+
+    def edges_of(self, seen: TrainingObject) -> tuple[Point, Point]:
+        """Lower and upper edges of an object's padded box."""
+        low, high, _ = seen.boxes[self._order[0]]
+        z0, y0, x0 = (c - p for c, p in zip(self._turned(low), self.padding, strict=True))
+        z1, y1, x1 = (c + p for c, p in zip(self._turned(high), self.padding, strict=True))
+        return (z0, y0, x0), (z1, y1, x1)
+
+    def of_volume(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n, 3) points along these axes, in the order of the volume's."""
+        turned = np.empty_like(points)
+        turned[:, list(self._order)] = points
+        return turned
+
+    def _turned(self, values: tuple[float, ...]) -> Point:
+        z, y, x = (values[axis] for axis in self._order)
+        return z, y, x
+
+    @property
+    def size_mm(self) -> list[float]:
+        """Edges of the object's bounding box."""
+        size = [b - a for a, b in zip(self._seen.start, self._seen.stop, strict=True)]
+        return [n * mm for n, mm in zip(self._turned(tuple(size)), self.spacing_mm, strict=True)]
+
+    @property
+    def centre(self) -> list[float]:
+        """Of the bounding box, as an edge coordinate: voxel 0 lies between 0 and 1."""
+        middle = [(a + b) / 2 for a, b in zip(self._seen.start, self._seen.stop, strict=True)]
+        return list(self._turned(tuple(middle)))
+
+    @property
+    def deepest(self) -> Point:
+        """About the voxel deepest inside."""
+        return self._turned(self._seen.deepest)
+
+    @property
+    def surface(self) -> NDArray[np.int32]:
+        """(N, 3) some of its outermost voxels."""
+        return self._seen.surface[:, list(self._order)]
+
+    def box(self, window: Window) -> tuple[Point, Point, float]:
+        """The challenge's box in a window's cells."""
+        low, high, middle = self.edges
+        return window.to_grid(low), window.to_grid(high), window.to_grid((middle, 0, 0))[0]
+
+
+def about_box(
+    centre: list[float], edges: list[float], cells: int, spacing_mm: Point, scale: float = 1.0
+) -> Window:
+    """``window_around`` a box given by its centre and edges."""
+    return window_around(
+        [c - e / 2 for c, e in zip(centre, edges, strict=True)],
+        [c + e / 2 for c, e in zip(centre, edges, strict=True)],
+        (cells, cells, cells),
+        spacing_mm,
+        scale,
+    )
+
+
+def about_click(view: View, edge: int, rng: np.random.Generator) -> Window:
+    """A cube in millimetres about an object's deepest point: the first look without a box.
+
+    It may be smaller than the object: then the prediction has to reach its border, so that
+    inference knows to look further.
+    """
+    cube = max(view.size_mm) * float(np.exp(rng.uniform(np.log(0.4), np.log(4.0))))
+    edges = [cube / mm for mm in view.spacing_mm]
+    centre = [
+        p + float(rng.uniform(-0.1, 0.1)) * e for p, e in zip(view.deepest, edges, strict=True)
+    ]
+    return about_box(centre, edges, edge, view.spacing_mm)
+
+
+def public_window(view: View, edge: int) -> Window:
+    """The cube at 1.5 mm about the object that public SAM-Med3D checkpoints see.
+
+    Of an object too large for it, a coarser cube, as ``inference/coarse.py`` chooses it.
+    """
+    cube = max(_PUBLIC_SPACING_MM * edge, _PUBLIC_MARGIN * max(view.size_mm))
+    start, stop = [], []
+    for centre, mm in zip(view.centre, view.spacing_mm, strict=True):
+        n = max(1, round(cube / mm))
+        start.append(round(centre - n / 2))
+        stop.append(start[-1] + n)
+    return Window((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]), (edge, edge, edge))
+
+
+def zoomed_window(window: Window, view: View, edge: int, rng: np.random.Generator) -> Window:
+    """A finer window about a random surface voxel, as the second pass sees it."""
+    surface = view.surface
+    point = surface[rng.integers(len(surface))].tolist()
+    share = float(rng.uniform(0.3, 0.75))
+    edges = [round(min(max(s * share, edge), s)) for s in window.size]
+    low = [round(p - e * float(rng.uniform(0.25, 0.75))) for p, e in zip(point, edges, strict=True)]
+    high = [a + e for a, e in zip(low, edges, strict=True)]
+    return Window((low[0], low[1], low[2]), (high[0], high[1], high[2]), window.shape)
