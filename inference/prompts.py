@@ -24,7 +24,8 @@ _CLICK_LOG_ODDS = 6.0
 _CLICK_SIGMA = 2.5  # grid cells
 _CLICK_DECAY = 0.85  # an older click speaks lower, so that the order is seen
 _CLICK_FLOOR = 0.5
-_BLOB_SIGMA = 0.6  # half edges of another object's box
+_BLOB_SIGMA = 0.6  # half edges of a smaller object's box
+_BLOB_HEIGHT = 0.5  # a click on it says more
 _WRONG_DEPTH = 0.6  # thicknesses that a click lies deep in an error: nothing is sure then
 
 Point = tuple[float, float, float]
@@ -66,14 +67,14 @@ def refiner_channels(
         coarse: (B, D, H, W) logits of a coarse stage, or None.
 
     Returns:
-        (B, 10, D, H, W) float32.
+        (B, 11, D, H, W) float32.
     """
     z_scores = normalise_window(image)
     has = torch.tensor(has_previous, device=image.device)[:, None, None, None]
     hard = (previous > 0.5).float()
     signed = torch.where(has, 2 * hard - 1, torch.zeros_like(hard))
-    shapes, boxes, middles, positives, negatives, others = [], [], [], [], [], []
-    priors = []
+    shapes, boxes, middles, positives, negatives = [], [], [], [], []
+    others, around, priors = [], [], []
     for one, known in zip(prompts, has_previous, strict=True):
         axes = _axes(image)
         positive, negative, evidence = _click_maps(one, axes)
@@ -84,7 +85,9 @@ def refiner_channels(
         middles.append(middle)
         positives.append(positive)
         negatives.append(negative)
-        others.append(torch.maximum(elsewhere, _boxes_elsewhere(one, axes)))
+        smaller, larger = _boxes_elsewhere(one, axes)
+        others.append(torch.maximum(elsewhere, smaller))
+        around.append(larger)
         evidence.sub_(elsewhere, alpha=_CLICK_LOG_ODDS).clamp_(-_CLICK_LOG_ODDS, _CLICK_LOG_ODDS)
         priors.append(shape + evidence)
     shape_prior = torch.stack(shapes)
@@ -110,6 +113,7 @@ def refiner_channels(
             torch.stack(positives),
             torch.stack(negatives),
             torch.stack(others),
+            torch.stack(around),
         ),
         dim=1,
     )
@@ -267,31 +271,42 @@ def _click_maps(
 def _clicks_elsewhere(prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """(D, H, W), 0..1: near clicks on other objects."""
     places = axes[0].new_tensor(prompts.elsewhere).reshape(-1, 3)
-    sigmas = torch.full_like(places, _CLICK_SIGMA)
-    return _bumps(places, sigmas, torch.ones_like(places[:, 0]), axes).clamp_max_(1)
+    return _summed([_bump(a, places[:, i], _CLICK_SIGMA) for i, a in enumerate(axes)]).clamp_max_(1)
 
 
-def _boxes_elsewhere(prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """(D, H, W), 0..0.5: deep in other objects' boxes.
+def _boxes_elsewhere(
+    prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Where boxes of other objects lie that are smaller than this one's, and larger ones.
 
-    What lies in a smaller box is likely to be its object. A larger one may hold both, and counts
-    the less the larger it is.
+    What lies in a smaller box is likely to be its object. A larger one may hold both; how many of
+    them a place lies in tells which of several nested boxes this one is.
+
+    Returns:
+        (D, H, W), 0..0.5: deep in a smaller box. (D, H, W), 0..1: n / (n + 1) for n larger ones.
     """
-    if prompts.box is None:
-        return torch.zeros_like(axes[0] + axes[1] + axes[2])
+    if prompts.box is None or not prompts.others:
+        nothing = torch.zeros_like(axes[0] + axes[1] + axes[2])
+        return nothing, nothing
     edges = axes[0].new_tensor((prompts.box, *prompts.others))  # (1 + n, 2, 3)
     half = ((edges[:, 1] - edges[:, 0]) / 2).clamp_min(0.5)
-    volume = half.prod(1)
-    heights = 0.5 * (volume[0] / volume[1:]).clamp_max(1)
-    return _bumps(edges[1:].mean(1), _BLOB_SIGMA * half[1:], heights, axes).clamp_max_(0.5)
+    centre, volume = edges.mean(1), half.prod(1)
+    larger = volume[1:] > volume[0]
+    blobs, insides = [], []
+    for i, axis in enumerate(axes):
+        away, reach = centre[1:, i], half[1:, i]
+        blobs.append(_bump(axis, away[~larger], _BLOB_SIGMA * reach[~larger, None]))
+        offset = (axis.reshape(1, -1) - away[larger, None]) / reach[larger, None]
+        insides.append(1 / (1 + offset**8))  # one half on the faces
+    count = _summed(insides)
+    return _BLOB_HEIGHT * _summed(blobs).clamp_max_(1), count / (count + 1)
 
 
-def _bumps(
-    centres: Tensor, sigmas: Tensor, heights: Tensor, axes: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
-    """(D, H, W) sum of n Gaussians: centres (n, 3), sigmas (n, 3), heights (n,)."""
-    z, y, x = (
-        torch.exp(-0.5 * ((a.reshape(1, -1) - centres[:, i : i + 1]) / sigmas[:, i : i + 1]) ** 2)
-        for i, a in enumerate(axes)
-    )
-    return torch.einsum("nz,ny,nx->zyx", z * heights[:, None], y, x)
+def _bump(axis: Tensor, centres: Tensor, sigma: float | Tensor) -> Tensor:
+    """(n, length of the axis) Gaussians of height 1 about (n,) centres."""
+    return torch.exp(-0.5 * ((axis.reshape(1, -1) - centres[:, None]) / sigma) ** 2)
+
+
+def _summed(profiles: Sequence[Tensor]) -> Tensor:
+    """(D, H, W) sum of n products of a profile along each axis, (n, D), (n, H) and (n, W)."""
+    return torch.einsum("nz,ny,nx->zyx", *profiles)

@@ -266,7 +266,7 @@ class Segmenter:
         return logits + trust[0] * channels[:, _SHAPE] + trust[1] * channels[:, _MASK]
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
-        """(B, 10, D, H, W) -> (B, D, H, W) float32 logits."""
+        """(B, 11, D, H, W) -> (B, D, H, W) float32 logits."""
         with torch.inference_mode(), autocast(self.device):
             logits: Tensor = refiner(channels)
         return logits[:, 0]

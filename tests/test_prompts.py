@@ -75,20 +75,25 @@ def test_clicks_on_other_objects_speak_against_this_one() -> None:
     assert seen["others"][4, 5, 6] == 1 and seen["others"][12, 15, 20] < 0.01
 
 
-def test_boxes_of_other_objects_are_shown_the_smaller_ones_more() -> None:
+def test_smaller_boxes_of_other_objects_are_shown_as_blobs_and_larger_ones_counted() -> None:
     box = ((1.5, 1.5, 1.5), (13.5, 17.5, 21.5))
     small = ((2.5, 2.5, 2.5), (5.5, 5.5, 5.5))
-    large = ((-12.5, -18.5, 8.5), (27.5, 37.5, 31.5))  # with its centre at (7.5, 9.5, 20)
-    shown = _channels(WindowPrompts(box, 8, others=(small, large)))["others"]
-    assert shown[4, 4, 4] > 0.45 and shown[4, 8, 4] < 0.1
-    weight = 12 * 16 * 20 / (40 * 56 * 23)
-    assert shown[7, 9, 20] == pytest.approx(0.5 * weight, rel=0.01)
-    crowded = _channels(WindowPrompts(box, 8, elsewhere=((4, 4, 4),), others=(small,) * 9))[
-        "others"
-    ]
-    assert crowded[4, 4, 4] == 1, "a click is more than boxes"
-    assert crowded[6, 4, 4] <= 1 and crowded.sum() < 9 * shown.sum()
-    assert not _channels(WindowPrompts(others=(small,)))["others"].any(), "nothing to compare with"
+    large = ((-12.5, -18.5, 8.5), (27.5, 37.5, 31.5))
+    seen = _channels(WindowPrompts(box, 8, others=(small, large, large)))
+    others, around = seen["others"], seen["larger_boxes"]
+    assert others[4, 4, 4] == 0.5 and others[4, 8, 4] < 0.01
+    assert others[7, 9, 20] < 0.01, "the larger ones are not among the blobs"
+    assert around[7, 9, 20] == pytest.approx(2 / 3, abs=0.01) and around[7, 9, 3] < 0.1
+    crowded = _channels(WindowPrompts(box, 8, elsewhere=((4, 4, 4),), others=(small,) * 9))
+    assert crowded["others"][4, 4, 4] == 1, "a click is more than boxes"
+    assert crowded["others"][4, 4, 8] <= 0.5 and not crowded["larger_boxes"].any()
+    twin = _channels(WindowPrompts(box, 8, others=(box,)))
+    assert twin["others"].max() > 0.49 and not twin["larger_boxes"].any()
+
+
+def test_without_a_box_there_is_nothing_to_compare_boxes_with() -> None:
+    seen = _channels(WindowPrompts(others=(((2.5, 2.5, 2.5), (5.5, 5.5, 5.5)),)))
+    assert not seen["others"].any() and not seen["larger_boxes"].any()
 
 
 def test_clicks_are_samples_of_intensities_where_the_mask_is_in_doubt(

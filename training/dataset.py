@@ -34,6 +34,7 @@ class Sample:
         elsewhere: in cells, where the user clicks on other objects once this one is clicked on.
         mask: (D, H, W) bool, a given earlier mask, or None.
         cell: edge lengths of a cell in voxels.
+        wide: whether it is a first look at a whole volume, which is over after its round.
         source: where the object comes from, for the log.
     """
 
@@ -43,6 +44,7 @@ class Sample:
     elsewhere: tuple[Point, ...]
     mask: Tensor | None
     cell: Point
+    wide: bool
     source: str
 
 
@@ -157,7 +159,9 @@ class WindowDataset:
         if plan.kind in ("supervoxel", "shape"):
             source = f"Synthetic_{plan.kind}"
         elsewhere = _outside(target, plan.elsewhere)
-        sample = Sample(image, target, WindowPrompts(), elsewhere, None, plan.cell, source)
+        sample = Sample(
+            image, target, WindowPrompts(), elsewhere, None, plan.cell, plan.wide, source
+        )
         if plan.zoomed:
             sample.mask = perturb_mask(target, chance)
         if plan.boxed:

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from inference.geometry import Window
 from training.config import Config
-from training.view import View, about_box, about_click, public_window, zoomed_window
+from training.view import View, about_box, about_click, first_look, public_window, zoomed_window
 from training.volumes import Point, TrainingObject, VolumeStore
 
 Kind = Literal["real", "painted", "supervoxel", "shape"]
 
+#: Of the objects without a box, so many are seen in a window as large as the volume, and so many
+#: about a click in one that suits them better; the others in one about their bounding box.
+_FIRST_LOOKS = (0.45, 0.25)
 _SEEN_BESIDE = 0.9  # of the other objects of a volume, where they have prompts
 
 
@@ -43,6 +46,7 @@ class Plan:
             from the mask.
         padding: of a box taken from the mask, in cells.
         zoomed: whether a mask is given, the window showing a part of the object.
+        wide: whether it is a first look at the whole volume, which inference takes but once.
         elsewhere: (n, 3) in cells, where the user clicks on other objects.
         others: (n, 2, 3) in cells, lower and upper edges of other objects' boxes.
         seed: of everything random that follows.
@@ -61,6 +65,7 @@ class Plan:
     box: tuple[Point, Point, float] | None
     padding: Point
     zoomed: bool
+    wide: bool
     elsewhere: NDArray[np.float64]
     others: NDArray[np.float64]
     seed: int
@@ -179,7 +184,7 @@ class Planner:
             order = (z, y, x)
         view = View(whole, seen, order, rng)
         made_up = kind in ("supervoxel", "shape")
-        zoomed = False
+        zoomed = wide = False
         if config.network == "sam_med3d" and config.sam.windows == "1.5mm":
             window = public_window(view, edge)
         else:
@@ -189,8 +194,14 @@ class Planner:
             zoomed = refining and large and rng.random() < config.zoom
             if zoomed:
                 window = zoomed_window(window, view, edge, rng)
-            elif not boxed and not made_up and rng.random() < 0.6:
-                window = about_click(view, edge, rng)
+            elif not boxed and not made_up:
+                first, near = _FIRST_LOOKS
+                share = rng.random()
+                wide = share < first
+                if wide:
+                    window = first_look(view, edge, rng)
+                elif share < first + near:
+                    window = about_click(view, edge, rng)
         size = np.array(window.size, float)
         scale = np.zeros((3, 3))
         for axis in range(3):
@@ -227,6 +238,7 @@ class Planner:
             box,
             (z, y, x),
             zoomed,
+            wide,
             cells.clicks(beside, chance, deepest=not boxed),
             cells.boxes(beside, view, window.cell),
             seed,

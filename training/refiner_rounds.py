@@ -110,7 +110,7 @@ class RefinerRounds:
         for slot, number, sample in zip(empty, numbers, samples, strict=True):
             self._drawn[slot] += 1
             rng = np.random.default_rng((self._config.seed, 2, number))
-            rounds = int(rng.integers(1, self._config.rounds + 1))
+            rounds = 1 if sample.wide else int(rng.integers(1, self._config.rounds + 1))
             first = 0 if sample.prompts.box and sample.mask is None else 1
             self._pool[slot] = _Place(number, sample, sample.mask, rounds, first)
 

@@ -23,6 +23,7 @@ class View:
 
     Attributes:
         spacing_mm: along the axes here, as everything that follows.
+        longest_mm: the longest edge of the volume.
         padding: of boxes, in voxels.
         edges: of its padded box, lower and upper, and its middle slice.
     """
@@ -34,6 +35,7 @@ class View:
         self._seen, self._order = seen, order
         self.spacing_mm = self._turned(volume.spacing_mm)
         shape = self._turned(volume.labels.shape)
+        self.longest_mm = max(n * mm for n, mm in zip(shape, self.spacing_mm, strict=True))
         # The challenge's random padding: 0..5 px for a 256 px image, proportionally else.
         y, x = (float(rng.integers(0, 6)) * n / 256 for n in shape[1:])
         self.padding = (0.0, y, x)
@@ -98,7 +100,7 @@ def about_box(
 
 
 def about_click(view: View, edge: int, rng: np.random.Generator) -> Window:
-    """A cube in millimetres about an object's deepest point: the first look without a box.
+    """A cube in millimetres about an object's deepest point.
 
     It may be smaller than the object: then the prediction has to reach its border, so that
     inference knows to look further.
@@ -109,6 +111,21 @@ def about_click(view: View, edge: int, rng: np.random.Generator) -> Window:
         p + float(rng.uniform(-0.1, 0.1)) * e for p, e in zip(view.deepest, edges, strict=True)
     ]
     return about_box(centre, edges, edge, view.spacing_mm)
+
+
+def first_look(view: View, edge: int, rng: np.random.Generator) -> Window:
+    """A cube about an object's deepest point, of about the size of the volume.
+
+    With nothing but a click known, that is where inference begins (refinement.py), however small
+    the object.
+    """
+    length = view.longest_mm * float(np.exp(rng.uniform(np.log(0.4), np.log(1.6))))
+    return about_box(
+        [p + 0.5 for p in view.deepest],
+        [length / mm for mm in view.spacing_mm],
+        edge,
+        view.spacing_mm,
+    )
 
 
 def public_window(view: View, edge: int) -> Window:

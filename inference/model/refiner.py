@@ -33,6 +33,7 @@ CHANNELS = (
     "positive_clicks",
     "negative_clicks",
     "others",
+    "larger_boxes",
 )
 _LIKELIHOOD = CHANNELS.index("likelihood")
 _PREVIOUS = CHANNELS.index("previous_mask")
@@ -152,7 +153,7 @@ class Refiner(nn.Module):
         """Segment windows.
 
         Args:
-            channels: (B, 10, D, H, W) in the order of :data:`CHANNELS`; D, H, W multiples of
+            channels: (B, 11, D, H, W) in the order of :data:`CHANNELS`; D, H, W multiples of
                 ``config.stride``.
 
         Returns:

@@ -12,6 +12,7 @@ from inference.coarse import _normalise
 from tests.training.balls import TINY_SAM, config, write_balls
 from training.augmentation import Chance, change_intensities, masked_z_scores
 from training.dataset import Sample, WindowDataset
+from training.refiner_rounds import RefinerRounds
 from training.synthesis import random_shape, supervoxel
 from training.volumes import load_folder
 
@@ -64,6 +65,22 @@ def test_windows_without_a_box_may_be_smaller_than_the_object(folder: Path) -> N
     dataset = _dataset(folder, no_box=1.0, synthetic=0.0, warp=0.0)
     shares = [float(sample.target.float().mean()) for sample in dataset.draw(range(60), 16)]
     assert max(shares) > 0.6 and min(shares) < 0.02
+
+
+def test_first_looks_without_a_box_show_the_whole_volume_and_last_a_round(folder: Path) -> None:
+    dataset = _dataset(folder, no_box=1.0, synthetic=0.0, warp=0.0, zoom=0.0, permute=0.0)
+    samples = dataset.draw(range(200), 16)
+    wide = [sample for sample in samples if sample.wide]
+    assert 0.35 < len(wide) / 200 < 0.55
+    edges_mm = [16 * cell * mm for s in wide for cell, mm in zip(s.cell, (3, 2, 1), strict=True)]
+    assert 0.35 * 90 < min(edges_mm) < max(edges_mm) < 1.7 * 90, "of a volume of 90 mm"
+    assert not any(s.wide for s in _dataset(folder, no_box=0.0, zoom=0.0).draw(range(40), 16))
+
+    rounds = RefinerRounds(torch.nn.Identity(), dataset, config(rounds=6), [list(range(200))], 200)
+    rounds._fill(list(range(200)), 16, {})
+    left = {place.left for place in rounds._pool.values() if place.sample.wide}
+    assert left == {1}
+    assert max(place.left for place in rounds._pool.values()) == 6
 
 
 def test_a_close_look_begins_with_a_mask(folder: Path) -> None:

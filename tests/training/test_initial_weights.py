@@ -70,7 +70,7 @@ def test_a_network_of_fewer_channels_is_blind_to_the_new_one(tmp_path: Path, suf
         save_weights(path, named, {"refiner": TINY.to_json()})
     assert initialise(model, path) == []
     assert model.stem.weight[:, :9].equal(state["stem.weight"])
-    assert not model.stem.weight[:, 9:].any() and model.stem.weight.shape[1] == 10
+    assert not model.stem.weight[:, 9:].any() and model.stem.weight.shape[1] == 11
 
 
 def test_the_default_weights_are_a_start() -> None:

@@ -98,14 +98,14 @@ def test_prompts_of_other_objects_lie_where_these_are(tmp_path: Path) -> None:
     store = VolumeStore(load_folder(write_balls(tmp_path)), "cpu")
     planner = Planner(store, config(warp=0.5, permute=0.5, others=1.0, no_box=0.5, synthetic=0.0))
     clicked, boxes = [], []
-    for i in range(200):
+    for i in range(300):
         plan = planner.plan(i, np.random.default_rng(i), 32)
         (labels,), _ = cut_windows(store, [plan], shown=False)
         for z, y, x in plan.elsewhere.round().astype(int):
             clicked.append(int(labels[z, y, x]) == 3 - plan.label)
         there = (labels == 3 - plan.label).numpy()
         whole = not any(there.take(side, axis).any() for axis in range(3) for side in (0, -1))
-        if plan.bend is None and there.any() and whole:
+        if plan.bend is None and there.any() and whole and len(plan.others):
             (pair,) = plan.others
             where = np.argwhere(there)
             found = np.array([where.min(0) - 0.5, where.max(0) + 0.5])

@@ -17,10 +17,20 @@ from torch import Tensor
 
 from inference.case import Case, ObjectPrompts
 from inference.model.refiner import CHANNELS, RefinerConfig
-from inference.prompts import WindowPrompts, normalise_window, refiner_channels
-from inference.refinement import bounding_box, first_windows, honour_clicks, merge
+from inference.prompts import (
+    WindowPrompts,
+    normalise_window,
+    refiner_channels,
+    window_prompts,
+)
+from inference.refinement import (
+    bounding_box,
+    first_windows,
+    honour_clicks,
+    merge,
+    to_voxels,
+)
 from inference.resampling import resample, to_tensor
-from inference.segmenter import to_voxels, window_prompts
 
 # Radius of an object that is known by a click alone, as a fraction of the volume's edges.
 _UNBOXED_RADIUS = 0.1
