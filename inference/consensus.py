@@ -21,12 +21,13 @@ _BINS = 1000
 _LEAST = 0.1  # a voxel less probable than this is not taken, whatever is expected of it
 
 
-def consensus(looks: Sequence[ObjectLogits]) -> ObjectLogits:
+def consensus(looks: Sequence[ObjectLogits], weights: Sequence[float]) -> ObjectLogits:
     """Logits above zero where the voxels of largest expected Dice are.
 
     Args:
         looks: of one object, at least one, each down to :data:`FLOOR`; outside of its box of voxels
             a look says that the object is absent.
+        weights: how much each of them counts, above 0.
 
     Returns:
         On the smallest box around all looks: log-odds of the mean probability, less those of the
@@ -38,11 +39,11 @@ def consensus(looks: Sequence[ObjectLogits]) -> ObjectLogits:
         return ObjectLogits(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
     low, high = hull(boxes)
     mean = np.zeros([b - a for a, b in zip(low, high, strict=True)], np.float32)
-    for look in looks:
+    for look, weight in zip(looks, weights, strict=True):
         if look.logits.size:
             # The logistic function; SciPy's costs each start 0.2 s of imports.
-            mean[look.place_in(low)] += (1 + np.tanh(look.logits / 2)) / 2
-    mean /= len(looks)
+            mean[look.place_in(low)] += weight * (1 + np.tanh(look.logits / 2)) / 2
+    mean /= sum(weights)
     threshold = best_threshold(mean)
     np.clip(mean, 1e-6, 1 - 1e-6, out=mean)
     np.log(mean / (1 - mean), out=mean)

@@ -31,6 +31,7 @@ class Look:
         resized: whether it was chosen anew for the size found.
         coarse: SAM-Med3D's window and its logits there, or None.
         logits: (D, H, W) in the window's grid, once the network has been asked.
+        wider: the window before it was chosen anew for the size found, and its logits, or None.
     """
 
     prompts: ObjectPrompts
@@ -42,6 +43,7 @@ class Look:
     resized: bool = False
     coarse: tuple[Window, Tensor] | None = None
     logits: Tensor | None = None
+    wider: tuple[Window, Tensor] | None = None
 
     def prompts_in(self, window: Window) -> WindowPrompts:
         """All that was said, in the grid of a window."""
@@ -81,5 +83,6 @@ class Look:
         (closer,) = first_windows(self.prompts, found, volume, spacing_mm, self.window.shape)
         if all(0.8 < a / b < 1.25 for a, b in zip(closer.size, self.window.size, strict=True)):
             return False
+        self.wider = self.window, self.logits
         self.window = closer
         return True

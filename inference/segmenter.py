@@ -42,10 +42,9 @@ Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 _SHAPE_TRUST = 5.0
 #: Log-odds added everywhere then: before the first click masks are too small (fitted likewise).
 _BOX_ALONE = 0.7
-#: Log-odds that an object without a box gets in its previous mask, and loses around it (fitted
-#: likewise): what a click does not speak of should stay.
-_MASK_TRUST = 1.0
-_SHAPE, _MASK = CHANNELS.index("ellipsoid"), CHANNELS.index("previous_mask")
+#: How much more a closer look counts than the one before it, from which it was chosen (likewise).
+_CLOSER_COUNTS = 2.0
+_SHAPE = CHANNELS.index("ellipsoid")
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
 _TILE = 128  # cells, edge of a window of the second pass
@@ -255,15 +254,12 @@ class Segmenter:
         prompts = [look.prompts_in(look.window) for look in looks]
         channels = refiner_channels(images, prompts, masks, known, coarse)
         logits = self._network(refiner, channels)
-        boxed = [look.prompts.box is not None for look in looks]
-        trust = torch.tensor(
-            [
-                [_SHAPE_TRUST * (box and not mask) for box, mask in zip(boxed, known, strict=True)],
-                [_MASK_TRUST * (not box) for box in boxed],
-            ],
-            device=logits.device,
-        )[..., None, None, None]
-        return logits + trust[0] * channels[:, _SHAPE] + trust[1] * channels[:, _MASK]
+        box_alone = [
+            look.prompts.box is not None and not mask
+            for look, mask in zip(looks, known, strict=True)
+        ]
+        trust = _SHAPE_TRUST * torch.tensor(box_alone, device=logits.device).float()
+        return logits + trust[:, None, None, None] * channels[:, _SHAPE]
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
         """(B, 11, D, H, W) -> (B, D, H, W) float32 logits."""
@@ -292,7 +288,11 @@ class Segmenter:
             result = self._voxels(looks[0], tiles)
         else:
             share = max(1, tiles // len(looks))
-            result = consensus([self._voxels(look, share, FLOOR) for look in looks])
+            seen = [self._voxels(look, share, FLOOR) for look in looks]
+            for window, logits in [look.wider for look in looks if look.wider is not None]:
+                seen.append(to_voxels(logits, window, seen[0].label, self._volume, FLOOR))
+            weights = [_CLOSER_COUNTS] * len(looks) + [1.0] * (len(seen) - len(looks))
+            result = consensus(seen, weights)
         return honour_clicks(result, looks[0].prompts.clicks)
 
     def _voxels(self, look: Look, tiles: int, floor: float = 0.0) -> ObjectLogits:

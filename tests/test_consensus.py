@@ -34,12 +34,16 @@ def _pasted(look: ObjectLogits, fill: float) -> np.ndarray:
 
 
 @settings(max_examples=60)
-@given(looks())
-def test_the_voxels_taken_have_the_largest_expected_dice(several: list[ObjectLogits]) -> None:
-    result = consensus(several)
+@given(looks(), st.lists(st.floats(0.5, 3), min_size=3, max_size=3))
+def test_the_voxels_taken_have_the_largest_expected_dice(
+    several: list[ObjectLogits], weights: list[float]
+) -> None:
+    weights = weights[: len(several)]
+    result = consensus(several, weights)
     assert result.label == 4
     mask = _pasted(result, -1) > 0
-    mean = np.mean([expit(_pasted(look, -np.inf)) for look in several], axis=0)
+    each = [expit(_pasted(look, -np.inf)) for look in several]
+    mean = np.average(each, axis=0, weights=weights)
 
     def expected(mask: np.ndarray) -> float:
         return float(2 * mean[mask].sum() / max(mask.sum() + mean.sum(), 1e-9))
@@ -52,17 +56,17 @@ def test_the_voxels_taken_have_the_largest_expected_dice(several: list[ObjectLog
 def test_looks_that_agree_keep_their_object_and_doubt_takes_more_than_half() -> None:
     sure = np.full(SHAPE, -9, np.float32)
     sure[2:7, 2:7, 2:7] = 9
-    one = consensus([ObjectLogits(1, (0, 0, 0), sure)] * 3)
+    one = consensus([ObjectLogits(1, (0, 0, 0), sure)] * 3, [1, 2, 1])
     np.testing.assert_array_equal(one.logits > 0, sure > 0)
     doubtful = np.full(SHAPE, -0.8, np.float32)  # a probability of .31 everywhere
-    assert (consensus([ObjectLogits(1, (0, 0, 0), doubtful)]).logits > 0).all()
+    assert (consensus([ObjectLogits(1, (0, 0, 0), doubtful)], [1]).logits > 0).all()
 
 
-def test_a_look_that_found_nothing_counts_as_one() -> None:
+def test_a_look_that_found_nothing_counts_as_any() -> None:
     empty = ObjectLogits(2, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
-    assert consensus([empty, empty]).logits.size == 0
+    assert consensus([empty, empty], [1, 1]).logits.size == 0
     half = np.zeros((2, 2, 2), np.float32)  # a probability of one half
-    both = consensus([empty, ObjectLogits(2, (3, 4, 5), half)])
+    both = consensus([empty, ObjectLogits(2, (3, 4, 5), half)], [1, 1])
     assert both.start == (3, 4, 5)
     odds = np.exp(both.logits.astype(np.float64))
     threshold = best_threshold(np.full((2, 2, 2), 0.25, np.float32))

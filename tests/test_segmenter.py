@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference.case import Box, Case, Click, ObjectPrompts
+from inference.consensus import consensus
 from inference.geometry import Window
 from inference.model.refiner import CHANNELS, Refiner, RefinerConfig, load_refiners
 from inference.model.weights import save_weights
-from inference.refinement import merge
+from inference.refinement import FIRST_LOOKS, merge
 from inference.resampling import resample
 from inference.segmenter import Segmenter, to_voxels
 
@@ -79,6 +81,36 @@ def test_clicks_alone_find_their_objects() -> None:
     labels = Segmenter.from_files(device="cpu").segment_case(_case(boxes=False, clicks=clicks))
     for label in (1, 2):
         assert _dice(labels == label, truth == label) > 0.6
+
+
+def test_a_first_look_counts_beside_the_closer_one_chosen_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Here it holds a mask of 8 x 8 x 8 cells, and the closer one sees nothing."""
+
+    def network(self: Segmenter, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
+        logits = torch.full_like(channels[:, 0], -8.0)
+        for i, one in enumerate(logits):
+            calls.append(i)
+            if len(calls) <= len(FIRST_LOOKS):
+                z, y, x = (n // 2 for n in one.shape)
+                one[z - 4 : z + 4, y - 4 : y + 4, x - 4 : x + 4] = 4.0
+        return logits
+
+    weights: list[list[float]] = []
+    calls: list[int] = []
+    join = consensus
+
+    def recorded(looks: Any, given: Any) -> Any:
+        weights.append(list(given))
+        return join(looks, given)
+
+    monkeypatch.setattr(Segmenter, "_network", network)
+    monkeypatch.setattr("inference.segmenter.consensus", recorded)
+    case = _case(boxes=False, clicks=((Click((10, 20, 15), True),), ()))
+    labels = _segmenter().segment_case(case)
+    assert weights == [[2, 2, 1, 1]]
+    assert (labels == 1).sum() > 20, "a third of the probability: more doubt, more voxels"
 
 
 def test_the_axis_of_the_image_does_not_matter() -> None:
