@@ -6,6 +6,7 @@ edge between cells ``i`` and ``i + 1`` lies at ``i + 0.5``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -288,18 +289,28 @@ def _boxes_elsewhere(
     if prompts.box is None or not prompts.others:
         nothing = torch.zeros_like(axes[0] + axes[1] + axes[2])
         return nothing, nothing
-    edges = axes[0].new_tensor((prompts.box, *prompts.others))  # (1 + n, 2, 3)
-    half = ((edges[:, 1] - edges[:, 0]) / 2).clamp_min(0.5)
-    centre, volume = edges.mean(1), half.prod(1)
-    larger = volume[1:] > volume[0]
+    own = _volume(prompts.box)
+    sorted_out = ([b for b in prompts.others if (_volume(b) > own) == big] for big in (False, True))
+    smaller, larger = (axes[0].new_tensor(boxes).reshape(-1, 2, 3) for boxes in sorted_out)
     blobs, insides = [], []
     for i, axis in enumerate(axes):
-        away, reach = centre[1:, i], half[1:, i]
-        blobs.append(_bump(axis, away[~larger], _BLOB_SIGMA * reach[~larger, None]))
-        offset = (axis.reshape(1, -1) - away[larger, None]) / reach[larger, None]
+        centre, half = _centre_and_half(smaller[:, :, i])
+        blobs.append(_bump(axis, centre, _BLOB_SIGMA * half[:, None]))
+        centre, half = _centre_and_half(larger[:, :, i])
+        offset = (axis.reshape(1, -1) - centre[:, None]) / half[:, None]
         insides.append(1 / (1 + offset**8))  # one half on the faces
     count = _summed(insides)
     return _BLOB_HEIGHT * _summed(blobs).clamp_max_(1), count / (count + 1)
+
+
+def _volume(box: tuple[Point, Point]) -> float:
+    """Of a box, in cells."""
+    return math.prod(max(b - a, 1.0) for a, b in zip(*box, strict=True))
+
+
+def _centre_and_half(edges: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) centres and half lengths of (n, 2) lower and upper edges, of a cell at least."""
+    return edges.mean(1), ((edges[:, 1] - edges[:, 0]) / 2).clamp_min(0.5)
 
 
 def _bump(axis: Tensor, centres: Tensor, sigma: float | Tensor) -> Tensor:
