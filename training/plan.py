@@ -20,7 +20,7 @@ Kind = Literal["real", "painted", "supervoxel", "shape"]
 
 #: Of the objects without a box, so many are seen in a window as large as the volume, and so many
 #: about a click in one that suits them better; the others in one about their bounding box.
-_FIRST_LOOKS = (0.45, 0.25)
+_UNBOXED_SHARES = (0.45, 0.25)
 _SEEN_BESIDE = 0.9  # of the other objects of a volume, where they have prompts
 
 
@@ -195,7 +195,7 @@ class Planner:
             if zoomed:
                 window = zoomed_window(window, view, edge, rng)
             elif not boxed and not made_up:
-                first, near = _FIRST_LOOKS
+                first, near = _UNBOXED_SHARES
                 share = rng.random()
                 wide = share < first
                 if wide:

@@ -17,19 +17,8 @@ from torch import Tensor
 
 from inference.case import Case, ObjectPrompts
 from inference.model.refiner import CHANNELS, RefinerConfig
-from inference.prompts import (
-    WindowPrompts,
-    normalise_window,
-    refiner_channels,
-    window_prompts,
-)
-from inference.refinement import (
-    bounding_box,
-    first_windows,
-    honour_clicks,
-    merge,
-    to_voxels,
-)
+from inference.prompts import WindowPrompts, normalise_window, refiner_channels, window_prompts
+from inference.refinement import bounding_box, first_windows, honour_clicks, merge, to_voxels
 from inference.resampling import resample, to_tensor
 
 # Radius of an object that is known by a click alone, as a fraction of the volume's edges.
