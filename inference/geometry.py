@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,14 @@ class Window:
             inner.append(slice(lo, max(hi, lo)))
             outer.append(slice(lo - a, max(hi, lo) - a))
         return tuple(inner), tuple(outer)
+
+    def inside(self, shape: Triple) -> tuple[slice, slice, slice]:
+        """The cells whose centres lie in a volume of ``shape``: slices of the grid."""
+        z, y, x = (
+            slice(*(min(max(math.ceil((v - a) / c - 0.5), 0), m) for v in (0, n)))
+            for a, c, m, n in zip(self.start, self.cell, self.shape, shape, strict=True)
+        )
+        return z, y, x
 
     def crop(self, volume: NDArray[np.generic], edge: bool = False) -> NDArray[np.generic]:
         """The window's voxels.

@@ -60,7 +60,10 @@ class Look:
             Whether the window is another one, in which the network has to look again.
         """
         assert self.logits is not None
-        mask = (self.logits > 0).cpu().numpy()
+        # Beyond the volume networks say anything: nothing was asked of them there in training.
+        known = self.window.inside(volume)
+        mask = np.zeros(self.window.shape, bool)
+        mask[known] = (self.logits[known] > 0).cpu().numpy()
         boxed = self.prompts.box is not None
         faces = touched_faces(mask, self.window, volume)
         limit = _GROWTHS_WITH_BOX if boxed else _GROWTHS_WITHOUT_BOX

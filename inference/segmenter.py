@@ -314,13 +314,19 @@ class Segmenter:
         fine = Window(look.window.start, look.window.stop, shape)
         first = resample(look.logits[None], shape)[0]
         image = self._cells(fine)[0]
-        mask = (first > 0).float()
+        inside = torch.zeros_like(first)
+        inside[fine.inside(self._volume)] = 1
+        mask = (first > 0) * inside
         coarse = torch.zeros_like(image)
         if look.coarse is not None and refiner.config.coarse:
             coarse = transfer(look.coarse[1][None], look.coarse[0], fine, fill=-6.0)[0]
         prompts = look.prompts_in(fine)
         z, y, x = (min(_TILE, n) for n in shape)
-        tiles = [t for t in tile_grid(shape, (z, y, x)) if 0 < float(mask[t].mean()) < 1]
+        tiles = [
+            t
+            for t in tile_grid(shape, (z, y, x))
+            if 0 < float(mask[t].mean()) < float(inside[t].mean())
+        ]
 
         def predict(places: Sequence[Tile]) -> Tensor:
             channels = refiner_channels(

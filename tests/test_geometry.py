@@ -57,6 +57,17 @@ def test_crop_shows_the_volume_where_it_is_and_zeros_or_edges_elsewhere(
     np.testing.assert_array_equal(zeros, np.where(mask, expected, 0))
 
 
+@given(windows(), st.tuples(*[st.integers(1, 20)] * 3))
+def test_cells_with_their_centre_in_the_volume_are_inside(
+    window: Window, shape: tuple[int, int, int]
+) -> None:
+    for axis, found in enumerate(window.inside(shape)):
+        cells = np.arange(window.shape[axis])
+        centres = [window.to_volume((i, i, i))[axis] for i in cells]
+        expected = [-0.5 <= v < shape[axis] - 0.5 for v in centres]
+        assert cells[found].tolist() == cells[expected].tolist()
+
+
 def test_a_crop_inside_the_volume_is_a_view() -> None:
     volume = np.zeros((6, 7, 8), np.uint8)
     assert np.shares_memory(Window((1, 1, 1), (5, 5, 5), (4, 4, 4)).crop(volume), volume)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.consensus import consensus
 from inference.geometry import Window
+from inference.look import Look
 from inference.model.refiner import CHANNELS, Refiner, RefinerConfig, load_refiners
 from inference.model.weights import save_weights
 from inference.refinement import FIRST_LOOKS, merge
@@ -253,6 +254,50 @@ def test_a_large_object_is_looked_at_again_at_the_volumes_resolution(
     monkeypatch.setattr("inference.segmenter._TILE", 32)
     monkeypatch.setattr("inference.segmenter._TILES", 1)
     assert (segmenter.segment_case(case)[slit] == 0).mean() < 0.8
+
+
+class _Echo(_Threshold):
+    """Keeps the masks that the network is shown."""
+
+    masks: list[torch.Tensor]
+
+    def _network(self, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
+        self.masks.append(channels[:, CHANNELS.index("previous_mask")])
+        return super()._network(refiner, channels)
+
+
+def test_masks_end_with_the_volume() -> None:
+    """Beyond it the image goes on as its edge, so what the network finds there is left out."""
+    image = np.full((96, 96, 96), 30, np.uint8)
+    image[:64, 16:80, 16:80] = 200
+    objects = (ObjectPrompts(1, Box((0, 16, 16), (64, 80, 80), 32)),)
+    case = Case("face.npz", image, (1.0, 1.0, 1.0), objects)
+    segmenter = _Echo(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
+    segmenter.masks = []
+    assert np.array_equal(segmenter.segment_case(case), image > 100)
+    (first, second) = segmenter.masks
+    assert not first.any(), "nothing is known before the first pass"
+    middle = second[0, :, second.shape[2] // 2, second.shape[3] // 2]
+    beyond = round(len(middle) * 25.6 / 115.2)  # of 1.8 x 64 voxels, 0.4 x 64 lie outside
+    assert (middle[: beyond - 1] == -1).all() and (middle[beyond + 1 : 2 * beyond] == 1).all()
+
+
+def test_what_lies_beyond_the_volume_chooses_no_window() -> None:
+    volume, window = (40, 60, 60), Window((-20, 0, 0), (44, 64, 64), (32, 32, 32))
+    prompts = ObjectPrompts(1, clicks=(Click((5, 30, 30), True),))
+    chosen = []
+    for beyond in (-1.0, 1.0):
+        logits = torch.full((32, 32, 32), -1.0)
+        logits[10:14, 12:18, 12:18] = 1  # voxels 0..8
+        logits[:10], logits[30:], logits[:, 30:], logits[..., 30:] = (beyond,) * 4
+        look = Look(prompts, window, None, logits=logits)
+        assert look.rewindow(volume, (1.0, 1.0, 1.0))
+        chosen.append(look.window)
+    assert chosen[0] == chosen[1] and chosen[0].size < window.size
+    empty = Look(prompts, window, None, logits=torch.full((32, 32, 32), -1.0))
+    assert empty.logits is not None
+    empty.logits[:10] = 1
+    assert not empty.rewindow(volume, (1.0, 1.0, 1.0)), "an object beyond the volume is none"
 
 
 @pytest.mark.parametrize("size", [(7, 40, 100), (64, 20, 33)])

@@ -30,6 +30,8 @@ class Sample:
     Attributes:
         image: (D, H, W) float32 intensities of any scale.
         target: (D, H, W) bool.
+        inside: (D, H, W) bool, which cells lie in the volume. Beyond it the image goes on as its
+            edge, and nobody knows whether the object does.
         prompts: a box, or a first click.
         elsewhere: in cells, where the user clicks on other objects once this one is clicked on.
         mask: (D, H, W) bool, a given earlier mask, or None.
@@ -40,6 +42,7 @@ class Sample:
 
     image: Tensor
     target: Tensor
+    inside: Tensor
     prompts: WindowPrompts
     elsewhere: tuple[Point, ...]
     mask: Tensor | None
@@ -124,46 +127,47 @@ class WindowDataset:
             if not chosen:
                 continue
             few = [plans[i] for i in chosen]
-            images, shares = cut_windows(self.store, few, shown=not painted)
+            images, shares, inside = cut_windows(self.store, few, shown=not painted)
             chances = [Chance(plan.seed, images.device) for plan in few]
-            pairs = [
-                self._task(*one) for one in zip(few, images, shares > 0.5, chances, strict=True)
+            tasks = [
+                self._task(*one)
+                for one in zip(few, images, shares > 0.5, inside, chances, strict=True)
             ]
-            sizes = torch.stack([mask.sum() for _, mask in pairs]).tolist()
-            for i, plan, (image, mask), chance, size in zip(
-                chosen, few, pairs, chances, sizes, strict=True
-            ):
+            sizes = torch.stack([target.sum() for _, target, _ in tasks]).tolist()
+            for i, plan, task, chance, size in zip(chosen, few, tasks, chances, sizes, strict=True):
                 if size >= _SMALLEST_TARGET:
-                    samples[i] = self._prompted(plan, image, mask, chance)
+                    samples[i] = self._prompted(plan, *task, chance)
         return samples
 
     def _task(
-        self, plan: Plan, image: Tensor, mask: Tensor, chance: Chance
-    ) -> tuple[Tensor, Tensor]:
-        """Image and object of one window."""
+        self, plan: Plan, image: Tensor, mask: Tensor, inside: Tensor, chance: Chance
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Image and object of one window, and where both are known."""
         if plan.kind == "painted":
             image = paint(image, chance)
         elif plan.kind == "supervoxel":
-            mask = supervoxel(image, chance)
+            mask = supervoxel(image, chance) & inside
         elif plan.kind == "shape":
             labels, mask = random_shape(image, chance)
-            image = paint(labels, chance)
+            image, inside = paint(labels, chance), torch.ones_like(mask)
         changed = ("gamma", "inversion", "low_resolution", "blur", "shading", "noise")
         if any(getattr(self._config, name) for name in changed):
             image = change_intensities(image, self._config, chance)
-        return image, mask
+        return image, mask, inside
 
-    def _prompted(self, plan: Plan, image: Tensor, target: Tensor, chance: Chance) -> Sample:
+    def _prompted(
+        self, plan: Plan, image: Tensor, target: Tensor, inside: Tensor, chance: Chance
+    ) -> Sample:
         """Add the first prompts, and the mask that a close look begins with."""
         source = self.store.volumes[plan.volume].source
         if plan.kind in ("supervoxel", "shape"):
             source = f"Synthetic_{plan.kind}"
         elsewhere = _outside(target, plan.elsewhere)
         sample = Sample(
-            image, target, WindowPrompts(), elsewhere, None, plan.cell, plan.wide, source
+            image, target, inside, WindowPrompts(), elsewhere, None, plan.cell, plan.wide, source
         )
         if plan.zoomed:
-            sample.mask = perturb_mask(target, chance)
+            sample.mask = perturb_mask(target, chance) & inside
         if plan.boxed:
             low, high, middle = plan.box or challenge_box(target.cpu().numpy(), plan.padding)
             if chance.happens(self._config.sloppy_box):

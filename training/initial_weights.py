@@ -80,7 +80,9 @@ def read_checkpoint(path: Path) -> TrainedNetwork:
     return TrainedNetwork(kinds[0], config, dict(state["average"]), training)
 
 
-def initialise(model: Refiner | SamMed3D, path: Path | str, new: Sequence[str] = ()) -> list[str]:
+def initialise(
+    model: Refiner | SamMed3D, path: Path | str, new: Sequence[str] = (), unboxed: bool = False
+) -> list[str]:
     """Give a network the weights of a file, in place.
 
     Args:
@@ -89,6 +91,7 @@ def initialise(model: Refiner | SamMed3D, path: Path | str, new: Sequence[str] =
             SAM-Med3D checkpoint (``.pth`` or ``.safetensors``), or a training checkpoint.
         new: beginnings of the names of parameters that the file may lack, hold in another shape
             (those keep their initialisation) or hold in excess. Everything else must fit exactly.
+        unboxed: where a bundle has a refiner of its own for objects without a box, take that one.
 
     Returns:
         The names that kept their initialisation, sorted.
@@ -100,7 +103,7 @@ def initialise(model: Refiner | SamMed3D, path: Path | str, new: Sequence[str] =
     """
     path = find_weights(path)
     kind = "refiner" if isinstance(model, Refiner) else "sam"
-    config, state = _read_network(path, kind)
+    config, state = _read_network(path, kind, unboxed)
     if kind == "sam":
         for field in _MEANING:
             theirs, ours = getattr(config, field), getattr(model.config, field)
@@ -139,7 +142,7 @@ def initialise(model: Refiner | SamMed3D, path: Path | str, new: Sequence[str] =
 
 
 def _read_network(
-    path: Path, kind: str
+    path: Path, kind: str, unboxed: bool
 ) -> tuple[RefinerConfig | SamMed3DConfig, Mapping[str, Tensor]]:
     """Configuration and tensors of the network of a kind, from any file that may hold it."""
     if path.suffix == ".pt":
@@ -161,5 +164,6 @@ def _read_network(
             f"{path}: no refiner in it (metadata {sorted(metadata)}); accepted: a bundle with "
             "'refiner' in its metadata, or a training checkpoint"
         )
-    tensors = with_all_channels(split_prefix(state, "refiner."))
-    return RefinerConfig.from_json(metadata["refiner"]), tensors
+    part = "unboxed" if unboxed and "unboxed" in metadata else "refiner"
+    tensors = with_all_channels(split_prefix(state, f"{part}."))
+    return RefinerConfig.from_json(metadata[part]), tensors

@@ -18,6 +18,8 @@ from training.dataset import Sample, WindowDataset
 from training.losses import dice_score, segmentation_loss
 from training.scores import Scores
 
+_ABSENT = -20.0  # a logit that costs nothing where there is no object
+
 
 @dataclass
 class _Place:
@@ -87,7 +89,9 @@ class RefinerRounds:
         prompts = [p.sample.prompts for p in places]
         with torch.autocast(images.device.type, enabled=False):  # as inference makes them
             channels = refiner_channels(images, prompts, masks.float(), known)
-        logits = self._network(channels).float()
+        # Beyond the volume nothing is asked of the network, and nothing it says there counts.
+        beyond = ~torch.stack([p.sample.inside for p in places])
+        logits = self._network(channels).float().masked_fill(beyond[:, None], _ABSENT)
         losses = segmentation_loss(logits, targets[:, None].float(), self._config)
         predicted = logits.detach()[:, 0] > 0
         self._advance(places, predicted, targets, scores)

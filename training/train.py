@@ -67,7 +67,8 @@ def _train(options: argparse.Namespace, config: Config, world: World) -> None:
     model = build_network(config).to(world.device)
     init = options.init or config.init
     if init and not resuming:
-        fresh = initialise(model, init, options.new)
+        # A run that never shows a box goes on from the network that never saw one.
+        fresh = initialise(model, init, options.new, unboxed=config.no_box == 1)
         if fresh:
             say(f"{len(fresh)} parameters start at random: {', '.join(fresh)}")
     cases = read_case_list(options.cases) if options.cases else None

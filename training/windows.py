@@ -18,8 +18,8 @@ _CHUNK = {"cpu": 1}
 
 def cut_windows(
     store: VolumeStore, plans: Sequence[Plan], shown: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Intensities and object of each planned window.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Intensities and object of each planned window, and what of it lies in the volume.
 
     What ``grid_sample`` does for volumes of one size is done here for volumes of any sizes, which
     stay bytes: eight gathers from the store's buffers at places that rotation, shear, elastic
@@ -31,13 +31,14 @@ def cut_windows(
         shown: False where the volumes have no image.
 
     Returns:
-        Images (B, D, H, W) float32, 0..255, edges repeated outside; where ``shown`` is False the
-        nearest label instead. And the object's share of each cell, 0..1.
+        Images (B, D, H, W) float32, 0..255; where ``shown`` is False the nearest label instead.
+        Beyond the volume its edges go on. The object's share of each cell, 0..1, nothing beyond
+        the volume. And which cells have their centre inside, bool.
     """
     chunk = _CHUNK.get(store.device.type, len(plans))
     parts = [_cut(store, plans[i : i + chunk], shown) for i in range(0, len(plans), chunk)]
-    images, masks = zip(*parts, strict=True)
-    return torch.cat(images), torch.cat(masks)
+    images, shares, inside = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(shares), torch.cat(inside)
 
 
 def choose_level(levels: Sequence[Level], plan: Plan) -> Level:
@@ -56,8 +57,8 @@ def choose_level(levels: Sequence[Level], plan: Plan) -> Level:
     return min(levels, key=misfit)
 
 
-def _cut(store: VolumeStore, plans: Sequence[Plan], shown: bool) -> tuple[Tensor, Tensor]:
-    device, edge = store.device, plans[0].edge
+def _cut(store: VolumeStore, plans: Sequence[Plan], shown: bool) -> tuple[Tensor, Tensor, Tensor]:
+    device = store.device
     levels = [choose_level(store.levels[plan.volume], plan) for plan in plans]
     place, inside = _places(store, plans, levels)
     shape = np.array([level.shape for level in levels])  # (B, 3)
@@ -86,11 +87,11 @@ def _cut(store: VolumeStore, plans: Sequence[Plan], shown: bool) -> tuple[Tensor
 
     share = _interpolate(mask, index, steps, weight).mul_(inside)
     if shown:
-        return _interpolate(image, index, steps, weight), share
+        return _interpolate(image, index, steps, weight), share, inside
     nearest = index.clone()
     for step, part in zip(steps, weight, strict=True):
         nearest += step * (part > 0.5)
-    return store.labels.take(nearest).float().mul_(inside), share.reshape(-1, edge, edge, edge)
+    return store.labels.take(nearest).float(), share, inside
 
 
 def _places(
@@ -122,8 +123,8 @@ def _places(
             place += bends[:, axis]
         last = _column([level.shape[axis] - 1 for level in levels], device)
         half = _column(whole[:, axis] / factors[:, axis, 0] / 2, device)
-        within = ((place + (0.5 - half)).abs_() < half).float()
-        inside = within if inside is None else inside.mul_(within)
+        within = (place + (0.5 - half)).abs_() < half
+        inside = within if inside is None else inside.logical_and_(within)
         places.append(place.clamp_min_(0).minimum(last))
     assert inside is not None
     return places, inside

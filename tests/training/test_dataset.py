@@ -13,6 +13,7 @@ from tests.training.balls import TINY_SAM, config, write_balls
 from training.augmentation import Chance, change_intensities, masked_z_scores
 from training.dataset import Sample, WindowDataset
 from training.refiner_rounds import RefinerRounds
+from training.scores import Scores
 from training.synthesis import random_shape, supervoxel
 from training.volumes import load_folder
 
@@ -83,12 +84,54 @@ def test_first_looks_without_a_box_show_the_whole_volume_and_last_a_round(folder
     assert max(place.left for place in rounds._pool.values()) == 6
 
 
+class _Anything(torch.nn.Module):
+    """Says the same within the windows of a batch, and what it is told beyond their volumes."""
+
+    def __init__(self, beyond: float) -> None:
+        super().__init__()
+        self.beyond = torch.nn.Parameter(torch.tensor(beyond))
+        self.inside = torch.empty(0)
+
+    def forward(self, channels: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.inside[:, None], channels[:, :1], self.beyond)
+
+
+def test_what_is_said_beyond_the_volume_does_not_count(folder: Path) -> None:
+    """No loss, no gradient, no mask and no click comes from there; real objects end there, too."""
+    dataset = _dataset(folder, no_box=1.0, synthetic=0.3, supervoxels=0.3, warp=0.5)
+    row = list(range(24))
+    for sample in dataset.draw(row, 16):
+        assert not (sample.target & ~sample.inside).any()
+    found = []
+    for beyond in (-9.0, 9.0):
+        network = _Anything(beyond)
+        rounds = RefinerRounds(network, dataset, config(rounds=3, no_click=0.0), [row], len(row))
+        rounds._fill(row, 16, {})
+        places = [rounds._pool[slot] for slot in row]
+        network.inside = torch.stack([place.sample.inside for place in places])
+        assert 0.2 < float(network.inside.float().mean()) < 0.95
+        loss = rounds.loss(0, 0, 0.0, {}, Scores(dataset.sources, 3))
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert network.beyond.grad == 0
+        masks = torch.stack([m for place in places if (m := place.mask) is not None])
+        assert len(masks) == len(row) and not (masks & ~network.inside).any()
+        found.append((float(loss.detach()), masks, [place.sample.prompts for place in places]))
+    (loss, masks, prompts), (other_loss, other_masks, other_prompts) = found
+    assert loss == other_loss and torch.equal(masks, other_masks) and prompts == other_prompts
+
+
+def test_made_up_shapes_are_known_everywhere(folder: Path) -> None:
+    for sample in _dataset(folder, shapes=1.0, synthetic=0.0).draw(range(8), 16):
+        assert sample.inside.all()
+
+
 def test_a_close_look_begins_with_a_mask(folder: Path) -> None:
     dataset = _dataset(folder, no_box=0.0, synthetic=0.0, zoom=1.0)
     samples = dataset.draw(range(20), 8)  # balls of 16 to 20 voxels: all are large
     overlaps = []
     for sample in samples:
         assert sample.mask is not None
+        assert not (sample.mask & ~sample.inside).any()
         both = (sample.mask & sample.target).sum()
         overlaps.append(float(2 * both / (sample.mask.sum() + sample.target.sum())))
     assert 0.5 < np.mean(overlaps) < 0.99

@@ -104,6 +104,20 @@ def test_either_network_of_a_bundle(tmp_path: Path, kind: str) -> None:
     assert equal(model, networks[kind])
 
 
+@pytest.mark.parametrize("unboxed", [True, False])
+def test_a_run_without_boxes_starts_from_the_network_without(tmp_path: Path, unboxed: bool) -> None:
+    networks = {"refiner": noisy(Refiner(TINY)), "unboxed": noisy(Refiner(TINY))}
+    tensors = {f"{k}.{n}": t for k, m in networks.items() for n, t in m.state_dict().items()}
+    path, model = tmp_path / "two.safetensors", Refiner(TINY)
+    save_weights(path, tensors, dict.fromkeys(networks, TINY.to_json()))
+    assert initialise(model, path, unboxed=unboxed) == []
+    assert equal(model, networks["unboxed" if unboxed else "refiner"])
+    alone = {n: t for n, t in tensors.items() if n.startswith("refiner.")}
+    save_weights(path, alone, {"refiner": TINY.to_json()})
+    assert initialise(model, path, unboxed=unboxed) == []
+    assert equal(model, networks["refiner"])
+
+
 @pytest.fixture(scope="module")
 def wide() -> SamMed3D:
     """The paper's encoder width in its public form, with random weights."""

@@ -81,7 +81,7 @@ def test_windows_look_as_inference_sees_them(store: VolumeStore, edge: int) -> N
         cell = 2 * np.abs(plan.scale).sum(1) / edge
         for shift, found in off.items():
             moved = dataclasses.replace(plan, origin=plan.origin - shift * cell)
-            image, share = cut_windows(store, [moved])
+            image, share, _ = cut_windows(store, [moved])
             found.append(_displacement(image[0], expected) + _displacement(share[0], object_))
             if not shift:
                 errors.append(float((image[0] - expected).std() / expected.std()))
@@ -100,10 +100,10 @@ def test_prompts_of_other_objects_lie_where_these_are(tmp_path: Path) -> None:
     clicked, boxes = [], []
     for i in range(300):
         plan = planner.plan(i, np.random.default_rng(i), 32)
-        (labels,), _ = cut_windows(store, [plan], shown=False)
+        (labels,), _, (inside,) = cut_windows(store, [plan], shown=False)
         for z, y, x in plan.elsewhere.round().astype(int):
             clicked.append(int(labels[z, y, x]) == 3 - plan.label)
-        there = (labels == 3 - plan.label).numpy()
+        there = (inside & (labels == 3 - plan.label)).numpy()
         whole = not any(there.take(side, axis).any() for axis in range(3) for side in (0, -1))
         if plan.bend is None and there.any() and whole and len(plan.others):
             (pair,) = plan.others
@@ -134,7 +134,8 @@ def test_objects_end_where_the_volume_ends(tmp_path: Path) -> None:
     middle = np.array(shape) / 2 - 0.5
     plan = dataclasses.replace(plan, scale=np.eye(3) * 128, origin=middle)
     assert choose_level(store.levels[0], plan).factor == (2, 2, 2)
-    _, share = cut_windows(store, [plan])
+    _, share, inside = cut_windows(store, [plan])
+    assert torch.equal(share > 0, inside)
     # Cells of four voxels: eight and sixteen middles lie inside.
     assert (share > 0).sum((2, 3)).amax().item() == 8 * 16
     assert (share[0] > 0).any(2).any(1).sum().item() == 8
@@ -146,20 +147,24 @@ def test_a_window_of_whole_voxels_is_copied_exactly(store: VolumeStore) -> None:
     volume = store.volumes[plan.volume]
     assert volume.image is not None
     plan = dataclasses.replace(plan, scale=np.eye(3) * 8, origin=np.array([5, 30, 15]) + 7.5)
-    image, share = cut_windows(store, [plan])
+    image, share, _ = cut_windows(store, [plan])
     expected = volume.image[5:21, 30:46, 15:31].float()
     torch.testing.assert_close(image[0], expected, rtol=0, atol=0.01)  # float32 places
     assert torch.equal(share[0] > 0.5, volume.labels[5:21, 30:46, 15:31] == plan.label)
 
 
-def test_outside_there_is_the_edge_of_the_image_and_no_object(store: VolumeStore) -> None:
+def test_outside_images_and_labels_go_on_as_their_edge_and_objects_do_not(
+    store: VolumeStore,
+) -> None:
     plan = Planner(store, config(**STILL)).plan(0, np.random.default_rng(0), 16)
     volume = store.volumes[plan.volume]
     assert volume.image is not None
     far = np.array(volume.labels.shape) + 99.0
     plan = dataclasses.replace(plan, scale=np.eye(3) * 8, origin=far)
-    image, share = cut_windows(store, [plan])
-    assert (image == volume.image[-1, -1, -1]).all() and not share.any()
+    image, share, inside = cut_windows(store, [plan])
+    assert (image == volume.image[-1, -1, -1]).all() and not share.any() and not inside.any()
+    labels, _, _ = cut_windows(store, [plan], shown=False)
+    assert (labels == volume.labels[-1, -1, -1]).all()
 
 
 def test_batches_are_cut_as_single_windows(
@@ -171,19 +176,19 @@ def test_batches_are_cut_as_single_windows(
     monkeypatch.setattr("training.windows._CHUNK", {})
     together = cut_windows(store, plans)
     for a, b in zip(single, together, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=2e-3)
 
 
 def test_flips_and_permutations_turn_image_and_object_alike(store: VolumeStore) -> None:
     base = Planner(store, config(**STILL)).plan(3, np.random.default_rng(3), 16)
-    image, share = cut_windows(store, [base])
+    shown = cut_windows(store, [base])
     turned = dataclasses.replace(
         base, scale=base.scale[:, [2, 0, 1]], turn=np.diag([1.0, -1.0, 1.0])
     )
-    for before, after in zip((image, share), cut_windows(store, [turned]), strict=True):
+    for before, after in zip(shown, cut_windows(store, [turned]), strict=True):
         # The new axes show the old ones 2, 0, 1; the second of them is reversed.
         expected = before[0].permute(2, 0, 1).flip(1)
-        torch.testing.assert_close(after[0], expected, rtol=0, atol=2e-3)
+        torch.testing.assert_close(after[0].float(), expected.float(), rtol=0, atol=2e-3)
 
 
 def test_levels_keep_the_mean_and_halve_the_finest_axes(store: VolumeStore) -> None:
