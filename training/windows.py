@@ -32,8 +32,8 @@ def cut_windows(
 
     Returns:
         Images (B, D, H, W) float32, 0..255; where ``shown`` is False the nearest label instead.
-        Beyond the volume its edges go on. The object's share of each cell, 0..1, nothing beyond
-        the volume. And which cells have their centre inside, bool.
+        Beyond the volume these go on as its edge. The object's share of each cell, 0..1, none of
+        it beyond the volume. And which cells have their centre inside, bool.
     """
     chunk = _CHUNK.get(store.device.type, len(plans))
     parts = [_cut(store, plans[i : i + chunk], shown) for i in range(0, len(plans), chunk)]
