@@ -247,7 +247,8 @@ class Segmenter:
                 if refiner.config.coarse:
                     coarse[i] = seen[0]
                 elif mask is None and bool((seen > 0).any()):
-                    mask = (seen > 0).float()  # it knows masks, not coarse logits
+                    # It knows masks, not coarse logits.
+                    mask = (seen > 0) * self._inside(look.window)
             known.append(mask is not None)
             if mask is not None:
                 masks[i] = mask[0]
@@ -271,6 +272,12 @@ class Segmenter:
         """The image in a window's grid, (1, D, H, W)."""
         assert self._image is not None
         return resample(to_tensor(window.crop(self._image, edge=True), self.device), window.shape)
+
+    def _inside(self, window: Window) -> Tensor:
+        """(D, H, W), 1 in a window's cells inside the volume, 0 beyond it."""
+        cells = torch.zeros(window.shape, device=self.device)
+        cells[window.inside(self._volume)] = 1
+        return cells
 
     def _previous_cells(
         self, window: Window, look: Look, previous: NDArray[np.uint8] | None
@@ -314,8 +321,7 @@ class Segmenter:
         fine = Window(look.window.start, look.window.stop, shape)
         first = resample(look.logits[None], shape)[0]
         image = self._cells(fine)[0]
-        inside = torch.zeros_like(first)
-        inside[fine.inside(self._volume)] = 1
+        inside = self._inside(fine)
         mask = (first > 0) * inside
         coarse = torch.zeros_like(image)
         if look.coarse is not None and refiner.config.coarse:
