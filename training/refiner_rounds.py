@@ -175,14 +175,18 @@ class RefinerRounds:
         return {"total": self._total, "drawn": self._drawn, "pool": pool}
 
     def load(self, states: list[dict[str, Any]]) -> None:
-        """Go on from the states of all processes; with another number of places, from new objects.
+        """Go on from the states of all processes; where they do not fit, from new objects.
+
+        They do not with another number of places, or if samples knew less when they were saved.
 
         Args:
             states: of :meth:`state`, one a process of the run that saved them.
         """
         device = self._dataset.store.device
         drawn = {slot: n for state in states for slot, n in state["drawn"].items()}
-        if not states or states[0]["total"] != self._total:
+        fields = {f.name for f in dataclasses.fields(Sample)} - {"prompts"}
+        saved = [entry["sample"].keys() for state in states for entry in state["pool"].values()]
+        if not states or states[0]["total"] != self._total or any(s != fields for s in saved):
             seen = max((s["total"] * max(s["drawn"].values()) for s in states), default=0)
             self._drawn = dict.fromkeys(self._drawn, -(-seen // self._total))
             return

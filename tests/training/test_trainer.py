@@ -126,6 +126,23 @@ def test_earlier_checkpoints_of_the_refiner_are_resumed(folder: Path, tmp_path: 
     assert (again.step, again.windows) == (8, 32)
 
 
+def test_objects_saved_by_an_earlier_version_give_way_to_new_ones(
+    folder: Path, tmp_path: Path
+) -> None:
+    _trainer(folder, tmp_path / "run").run(max_steps=2)
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = load_checkpoint(path)
+    (rounds,) = state["rounds"]
+    assert rounds["pool"]
+    for entry in rounds["pool"].values():
+        del entry["sample"]["inside"]
+    torch.save(state, path)
+    again = _trainer(folder, tmp_path / "run")
+    again.resume(path)
+    again.run()
+    assert (again.step, again.windows) == (8, 32)
+
+
 def test_another_number_of_places_starts_with_new_objects(folder: Path, tmp_path: Path) -> None:
     _trainer(folder, tmp_path / "run").run(max_steps=2)
     wider = _trainer(folder, tmp_path / "run", batch=6)
