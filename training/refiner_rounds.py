@@ -19,6 +19,7 @@ from training.losses import dice_score, segmentation_loss
 from training.scores import Scores
 
 _ABSENT = -20.0  # a logit that costs nothing where there is no object
+_SAVED = [field.name for field in dataclasses.fields(Sample) if field.name != "prompts"]
 
 
 @dataclass
@@ -159,11 +160,7 @@ class RefinerRounds:
             if place.left < 1:
                 continue
             # Shared tensors of a batch would each be saved whole.
-            sample = {
-                f.name: _own(getattr(place.sample, f.name))
-                for f in dataclasses.fields(Sample)
-                if f.name != "prompts"
-            }
+            sample = {name: _own(getattr(place.sample, name)) for name in _SAVED}
             pool[slot] = {
                 "number": place.number,
                 "sample": sample,
@@ -184,9 +181,8 @@ class RefinerRounds:
         """
         device = self._dataset.store.device
         drawn = {slot: n for state in states for slot, n in state["drawn"].items()}
-        fields = {f.name for f in dataclasses.fields(Sample)} - {"prompts"}
-        saved = [entry["sample"].keys() for state in states for entry in state["pool"].values()]
-        if not states or states[0]["total"] != self._total or any(s != fields for s in saved):
+        saved = [list(entry["sample"]) for state in states for entry in state["pool"].values()]
+        if not states or states[0]["total"] != self._total or any(s != _SAVED for s in saved):
             seen = max((s["total"] * max(s["drawn"].values()) for s in states), default=0)
             self._drawn = dict.fromkeys(self._drawn, -(-seen // self._total))
             return
