@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.consensus import consensus
 from inference.geometry import Window
-from inference.look import Look
-from inference.model.refiner import CHANNELS, Refiner, RefinerConfig, load_refiners
+from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
 from inference.model.weights import save_weights
 from inference.refinement import FIRST_LOOKS, merge
 from inference.resampling import resample
@@ -282,24 +281,6 @@ def test_masks_end_with_the_volume() -> None:
     assert (middle[: beyond - 1] == -1).all() and (middle[beyond + 1 : 2 * beyond] == 1).all()
 
 
-def test_what_lies_beyond_the_volume_chooses_no_window() -> None:
-    volume, window = (40, 60, 60), Window((-20, 0, 0), (44, 64, 64), (32, 32, 32))
-    prompts = ObjectPrompts(1, clicks=(Click((5, 30, 30), True),))
-    chosen = []
-    for beyond in (-1.0, 1.0):
-        logits = torch.full((32, 32, 32), -1.0)
-        logits[10:14, 12:18, 12:18] = 1  # voxels 0..8
-        logits[:10], logits[30:], logits[:, 30:], logits[..., 30:] = (beyond,) * 4
-        look = Look(prompts, window, None, logits=logits)
-        assert look.rewindow(volume, (1.0, 1.0, 1.0))
-        chosen.append(look.window)
-    assert chosen[0] == chosen[1] and chosen[0].size < window.size
-    empty = Look(prompts, window, None, logits=torch.full((32, 32, 32), -1.0))
-    assert empty.logits is not None
-    empty.logits[:10] = 1
-    assert not empty.rewindow(volume, (1.0, 1.0, 1.0)), "an object beyond the volume is none"
-
-
 @pytest.mark.parametrize("size", [(7, 40, 100), (64, 20, 33)])
 def test_the_cut_to_positive_voxels_loses_none(size: tuple[int, int, int]) -> None:
     logits = torch.full((32, 32, 32), -2.0)
@@ -389,47 +370,6 @@ def test_objects_know_of_each_others_boxes_and_clicks(
     assert known[-1] == pytest.approx(0.5 if boxes else 1, abs=0.1)
 
 
-def test_weights_from_before_a_channel_ignore_it(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)).eval()
-    torch.nn.init.normal_(refiner.head.weight)
-    seen = torch.randn(1, len(CHANNELS), 8, 8, 8)
-    seen[:, 9:] = 0
-    expected = refiner(seen)
-    state = {f"refiner.{n}": t for n, t in refiner.state_dict().items()}
-    state["refiner.stem.weight"] = state["refiner.stem.weight"][:, :9].contiguous()
-    path = tmp_path / "old.safetensors"
-    save_weights(path, state, {"refiner": refiner.config.to_json()})
-    old, _ = load_refiners(path)
-    assert old(seen).equal(expected)
-    seen[:, 9:] = 1
-    assert old(seen).equal(expected) and not refiner(seen).equal(expected)
-
-
 def test_no_image_is_an_error() -> None:
     with pytest.raises(ValueError, match="call set_image first"):
         next(_segmenter().segment([ObjectPrompts(1)]))
-
-
-def test_a_refiner_may_be_blind_to_a_channel() -> None:
-    torch.manual_seed(0)
-    config = RefinerConfig(channels=(8, 8), blocks=(1, 1), without=("likelihood",))
-    refiner = Refiner(config)
-    torch.nn.init.normal_(refiner.head.weight)
-    seen = torch.randn(1, len(CHANNELS), 8, 8, 8)
-    other = seen.clone()
-    other[:, CHANNELS.index("likelihood")] = 9
-    assert torch.equal(refiner(seen), refiner(other))
-    other[:, CHANNELS.index("box")] = 9
-    assert not torch.equal(refiner(seen), refiner(other))
-    assert RefinerConfig.from_json(config.to_json()) == config
-    with pytest.raises(ValueError, match=r"without is \['hearing'\]; accepted: image, "):
-        RefinerConfig(without=("hearing",))
-
-
-def test_the_refiner_names_the_shape_it_cannot_take() -> None:
-    refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1)))
-    with pytest.raises(ValueError, match=r"received \(30, 32, 32\); accepted: multiples of 4"):
-        refiner(torch.zeros(1, len(CHANNELS), 30, 32, 32))
-    with pytest.raises(ValueError, match=r"accepted: \(B, 11, D, H, W\)"):
-        refiner(torch.zeros(1, 3, 32, 32, 32))
