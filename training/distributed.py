@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ def joined(device: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, torch.device(device))
         return
+    # Optimisers import this sooner or later. If a group exists by then, it outlives its destruction:
+    # its threads are left when the interpreter ends, and now and then the process aborts there.
+    importlib.import_module("torch._dynamo")
     own = torch.device(device)
     if own.type == "cuda":
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -19,6 +19,17 @@ from training.checkpoint import build_network, load_checkpoint
 from training.run_log import read_log
 from training.train import main
 
+#: Trains, and leaves a file of the threads that are still there when it ends.
+PROCESS = """
+import os, sys
+from pathlib import Path
+from training.train import main
+
+code = main(sys.argv[2:])
+names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+Path(sys.argv[1], "threads-" + os.environ["RANK"]).write_text("".join(names))
+sys.exit(code)
+"""
 STEPS = 20
 CLOSE = 1e-5
 
@@ -38,6 +49,7 @@ def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
     command += ["--max-restarts", "1", "--nproc-per-node", "2", *arguments]
     # With a store shared by all attempts, processes may look for those of the one before.
     environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment["PYTHONPATH"] = os.getcwd()
     return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL)
 
 
@@ -69,7 +81,9 @@ def test_two_processes_equal_one_of_twice_the_batch(
 ) -> None:
     write_balls(tmp_path)
     command = _command(tmp_path, "two", **values, batch=2)
-    two = _start(["-m", "training.train", *command, "--resume"])
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS, encoding="utf-8")
+    two = _start([str(script), str(tmp_path), *command, "--resume"])
     checkpoint = tmp_path / "two" / "checkpoint.pt"
     try:
         if killed:
@@ -83,6 +97,9 @@ def test_two_processes_equal_one_of_twice_the_batch(
     finally:
         two.terminate()
         two.wait()
+    # Those of the group would sooner or later abort a process at its very end.
+    for rank in (0, 1):
+        assert "gloo" not in (tmp_path / f"threads-{rank}").read_text(encoding="utf-8")
     alone = load_checkpoint(tmp_path / "one" / "checkpoint.pt")
     both = load_checkpoint(checkpoint)
     assert both["step"] == STEPS and both["windows"] == alone["windows"]
