@@ -86,7 +86,7 @@ def joined(device: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, torch.device(device))
         return
-    # Optimisers import this sooner or later. If a group exists by then, it outlives its destruction:
+    # Optimisers import this sooner or later. A group that exists by then outlives its destruction:
     # its threads are left when the interpreter ends, and now and then the process aborts there.
     importlib.import_module("torch._dynamo")
     own = torch.device(device)

@@ -49,7 +49,7 @@ def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
     command += ["--max-restarts", "1", "--nproc-per-node", "2", *arguments]
     # With a store shared by all attempts, processes may look for those of the one before.
     environment = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    environment["PYTHONPATH"] = os.getcwd()
+    environment["PYTHONPATH"] = str(Path.cwd())
     return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL)
 
 
