@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from inference.case import Box, ObjectPrompts
 from inference.geometry import Triple, Window
 from inference.prompts import WindowPrompts, window_prompts
-from inference.refinement import bounding_box, first_windows, grown_window, touched_faces
+from inference.refinement import bounding_box, first_windows, grown_window, hull, touched_faces
+from inference.resampling import covered_cells, resample, to_tensor
 
 _GROWTHS_WITH_BOX = 2
 _GROWTHS_WITHOUT_BOX = 6
@@ -27,6 +31,7 @@ class Look:
         previous: bounding box of the object's mask of the last round, or None.
         elsewhere: voxels (z, y, x) where users clicked on other objects.
         others: boxes of other objects.
+        labels: (D, H, W) label map of the last round, or None.
         growths: how often the window has grown.
         resized: whether it was chosen anew for the size found.
         coarse: SAM-Med3D's window and its logits there, or None.
@@ -39,6 +44,7 @@ class Look:
     previous: tuple[Triple, Triple] | None
     elsewhere: Sequence[Triple] = ()
     others: Sequence[Box] = ()
+    labels: NDArray[np.uint8] | None = None
     growths: int = 0
     resized: bool = False
     coarse: tuple[Window, Tensor] | None = None
@@ -48,6 +54,38 @@ class Look:
     def prompts_in(self, window: Window) -> WindowPrompts:
         """All that was said, in the grid of a window."""
         return window_prompts(self.prompts, window, self.elsewhere, self.others)
+
+    def mask_in(self, window: Window, device: torch.device | str = "cpu") -> Tensor | None:
+        """The object's mask of the last round in a window's grid, (1, D, H, W) 0/1, or None."""
+        if self.labels is None or self.previous is None:
+            return None
+        voxels = (window.crop(self.labels) == self.prompts.label).astype(np.uint8)
+        mask = covered_cells(resample(to_tensor(voxels, device), window.shape))
+        return mask.float() if bool(mask.any()) else None
+
+    def as_fine_as_before(self, fine: Window, mask: Tensor) -> Tensor:
+        """What the second pass begins with: the last round's mask where the first changed nothing.
+
+        Long cells lose what is thin, and would do so at every round.
+
+        Args:
+            fine: the same window in the second pass's grid.
+            mask: (D, H, W) 0/1, of the first pass in that grid.
+        """
+        before = self.mask_in(fine, mask.device)
+        shown = self.mask_in(self.window, mask.device)
+        if before is None or shown is None or self.logits is None:
+            return mask
+        changed = ((self.logits > 0) != (shown[0] > 0)).float()
+        return torch.where(resample(changed[None], fine.shape)[0] > 0.5, mask, before[0])
+
+    def boxed(self) -> Look:
+        """The same object shown with the box of its last mask and of what was clicked on since."""
+        assert self.previous is not None
+        clicked = [c.position for c in self.prompts.clicks if c.positive]
+        low, high = hull([self.previous, *((p, tuple(n + 1 for n in p)) for p in clicked)])
+        box = Box(low, high, (low[0] + high[0]) // 2)
+        return dataclasses.replace(self, prompts=dataclasses.replace(self.prompts, box=box))
 
     def rewindow(self, volume: Triple, spacing_mm: tuple[float, float, float]) -> bool:
         """Choose a better window where the prediction does not suit this one.

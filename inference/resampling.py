@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from inference.geometry import Window
 
+_LEAST_SHARE = 0.25
+_SHARES = (0.5, 0.45, 0.4, 0.35, 0.3, _LEAST_SHARE)
+
 
 def resample(
     volume: Tensor, shape: tuple[int, int, int], keep: tuple[slice, slice, slice] | None = None
@@ -43,6 +46,25 @@ def resample(
             after = volume.shape[axis + 1 :]
             volume = (matrix.T @ volume.reshape(*before, n, -1)).reshape(*before, -1, *after)
     return volume
+
+
+def covered_cells(share: Tensor) -> Tensor:
+    """Which cells belong to an object that covers shares of them.
+
+    One half is the threshold, unless an object of thin layers would lose volume by it: then the one
+    that keeps the volume best, down to ``_LEAST_SHARE``.
+
+    Args:
+        share: (B, D, H, W) of an object each, 0..1.
+
+    Returns:
+        (B, D, H, W) bool.
+    """
+    thresholds = torch.tensor(_SHARES, device=share.device)
+    volume = share.sum((1, 2, 3))
+    counts = torch.stack([(share > t).sum((1, 2, 3)) for t in _SHARES])
+    best = (counts - volume).abs().argmin(0)
+    return share > thresholds[best][:, None, None, None]
 
 
 def transfer(values: Tensor, source: Window, target: Window, fill: float) -> Tensor:

@@ -23,7 +23,9 @@ from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast, choose_device
 from inference.prompts import refiner_channels, shifted
 from inference.refinement import (
+    BOX_ALONE,
     FIRST_LOOKS,
+    SHAPE_TRUST,
     ObjectLogits,
     bounding_boxes,
     fine_shape,
@@ -37,16 +39,15 @@ from inference.sliding_window import Tile, sliding_window, tile_grid
 
 Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 
-#: Log-odds that the ellipsoid in the box adds at its centre while a box is all there is (fitted on
-#: training cases): the networks so far know shapes less well than the box does.
-_SHAPE_TRUST = 5.0
-#: Log-odds added everywhere then: before the first click masks are too small (fitted likewise).
-_BOX_ALONE = 0.7
 #: How much more a closer look counts than the one before it, from which it was chosen (likewise).
 _CLOSER_COUNTS = 2.0
 _SHAPE = CHANNELS.index("ellipsoid")
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
+#: From here on cells lose of thin layers what the last round had found (chosen on training cases).
+_BLURRING_CELL = 3.0
+#: From this click on a mask without a box is large and small as its object is (likewise).
+_SIZE_KNOWN = 4
 _TILE = 128  # cells, edge of a window of the second pass
 _TILES = 4  # of one object's second pass at most
 _TILES_PER_CASE = 100  # of all objects together, the challenge's time limit in view
@@ -173,9 +174,7 @@ class Segmenter:
             ]
             for refiner in self._refiners:
                 looks = [look for part in parts for look in part]
-                self._look(
-                    refiner, [k for k in looks if self._asks(k.prompts) is refiner], previous
-                )
+                self._look(refiner, [k for k in looks if self._asks(k.prompts) is refiner])
             for part in parts:
                 yield self._finish(part, tiles)
 
@@ -193,10 +192,10 @@ class Segmenter:
         windows = first_windows(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
         elsewhere = [place for label, place in clicks if label != prompts.label]
         others = [box for label, box in boxes if label != prompts.label]
-        looks = [Look(prompts, window, before, elsewhere, others) for window in windows]
+        looks = [Look(prompts, w, before, elsewhere, others, previous) for w in windows]
         if self._coarse is not None:
             window = self._coarse.window(windows[0], self._spacing_mm)
-            mask = self._previous_cells(window, looks[0], previous)
+            mask = looks[0].mask_in(window, self.device)
             logits = self._coarse.logits(self._cells(window), window, prompts, mask)
             if refiner is None:
                 return [Look(prompts, window, before, logits=logits)]
@@ -219,13 +218,11 @@ class Segmenter:
         D, H, W = self._image.shape
         return D, H, W
 
-    def _look(
-        self, refiner: Refiner, looks: Sequence[Look], previous: NDArray[np.uint8] | None
-    ) -> None:
+    def _look(self, refiner: Refiner, looks: Sequence[Look]) -> None:
         """Run the network on the looks' windows, growing and shrinking them until they fit."""
         pending = list(looks)
         while pending:
-            logits = in_parts(lambda some: self._run(refiner, some, previous), pending)
+            logits = in_parts(lambda some: self._run(refiner, some), pending)
             again = []
             for look, values in zip(pending, logits, strict=True):
                 look.logits = values
@@ -233,14 +230,32 @@ class Segmenter:
                     again.append(look)
             pending = again
 
-    def _run(
-        self, refiner: Refiner, looks: Sequence[Look], previous: NDArray[np.uint8] | None
-    ) -> Tensor:
-        """Logits (B, D, H, W) of the looks in their windows."""
+    def _run(self, refiner: Refiner, looks: Sequence[Look]) -> Tensor:
+        """Logits (B, D, H, W) of the looks in their windows.
+
+        Once the last mask tells an object's size, the refiner of objects with a box is asked, too.
+        """
+        logits = self._logits(refiner, looks)
+        if self._refiner is None or refiner is self._refiner:
+            return logits
+        known = [k.previous is not None and len(k.prompts.clicks) >= _SIZE_KNOWN for k in looks]
+        if not any(known):
+            return logits
+        boxed = [look.boxed() for look, sized in zip(looks, known, strict=True) if sized]
+        others = iter(self._logits(self._refiner, boxed))
+        return torch.stack(
+            [
+                (one + next(others)) / 2 if sized else one
+                for one, sized in zip(logits, known, strict=True)
+            ]
+        )
+
+    def _logits(self, refiner: Refiner, looks: Sequence[Look]) -> Tensor:
+        """Logits (B, D, H, W) of one refiner."""
         images = torch.cat([self._cells(look.window) for look in looks])
         coarse, masks, known = torch.zeros_like(images), torch.zeros_like(images), []
         for i, look in enumerate(looks):
-            mask = self._previous_cells(look.window, look, previous)
+            mask = look.mask_in(look.window, self.device)
             if look.coarse is not None:
                 source, logits = look.coarse
                 seen = transfer(logits[None], source, look.window, fill=-6.0)
@@ -259,7 +274,7 @@ class Segmenter:
             look.prompts.box is not None and not mask
             for look, mask in zip(looks, known, strict=True)
         ]
-        trust = _SHAPE_TRUST * torch.tensor(box_alone, device=logits.device).float()
+        trust = SHAPE_TRUST * torch.tensor(box_alone, device=logits.device).float()
         return logits + trust[:, None, None, None] * channels[:, _SHAPE]
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
@@ -278,16 +293,6 @@ class Segmenter:
         cells = torch.zeros(window.shape, device=self.device)
         cells[window.inside(self._volume)] = 1
         return cells
-
-    def _previous_cells(
-        self, window: Window, look: Look, previous: NDArray[np.uint8] | None
-    ) -> Tensor | None:
-        """The object's previous mask in a window's grid, (1, D, H, W) 0/1, or None."""
-        if previous is None or look.previous is None:
-            return None
-        voxels = (window.crop(previous) == look.prompts.label).astype(np.uint8)
-        mask = resample(to_tensor(voxels, self.device), window.shape) > 0.5
-        return mask.float() if bool(mask.any()) else None
 
     def _finish(self, looks: Sequence[Look], tiles: int) -> ObjectLogits:
         """One object out of its looks."""
@@ -312,7 +317,7 @@ class Segmenter:
             if np.prod(shape) > 1.5 * np.prod(window.shape):
                 window, logits = self._second_pass(refiner, look, shape)
         if look.prompts.box is not None and look.previous is None and not look.prompts.clicks:
-            logits = logits + _BOX_ALONE
+            logits = logits + BOX_ALONE
         return to_voxels(logits, window, look.prompts.label, self._volume, floor)
 
     def _second_pass(self, refiner: Refiner, look: Look, shape: Triple) -> tuple[Window, Tensor]:
@@ -323,6 +328,8 @@ class Segmenter:
         image = self._cells(fine)[0]
         inside = self._inside(fine)
         mask = (first > 0) * inside
+        if look.prompts.box is not None and max(look.window.cell) > _BLURRING_CELL:
+            mask = look.as_fine_as_before(fine, mask)
         coarse = torch.zeros_like(image)
         if look.coarse is not None and refiner.config.coarse:
             coarse = transfer(look.coarse[1][None], look.coarse[0], fine, fill=-6.0)[0]

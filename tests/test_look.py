@@ -1,12 +1,16 @@
-"""A look: how the window of one object is chosen anew."""
+"""A look: how its window is chosen anew, and what it makes of the last round's mask."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import torch
 
 from inference.case import Click, ObjectPrompts
 from inference.geometry import Window
 from inference.look import Look
+from inference.resampling import resample
 
 
 def test_what_lies_beyond_the_volume_chooses_no_window() -> None:
@@ -25,3 +29,43 @@ def test_what_lies_beyond_the_volume_chooses_no_window() -> None:
     assert empty.logits is not None
     empty.logits[:10] = 1
     assert not empty.rewindow(volume, (1.0, 1.0, 1.0)), "an object beyond the volume is none"
+
+
+def _ball_and_layer() -> np.ndarray:
+    labels = np.zeros((60, 60, 60), np.uint8)
+    grid = np.indices(labels.shape)
+    labels[((grid - 20) ** 2).sum(0) < 144] = 3
+    labels[:, :, 50] = 3  # less than half a cell
+    return labels
+
+
+def test_the_second_pass_begins_with_the_last_mask_where_the_first_left_it() -> None:
+    labels = _ball_and_layer()
+    window, fine = (Window((0, 0, 0), (60, 60, 60), (n, n, n)) for n in (12, 60))
+    look = Look(ObjectPrompts(3), window, ((0, 0, 0), (60, 60, 60)), labels=labels)
+    shown = look.mask_in(window)
+    assert shown is not None and not shown[..., 10].any(), "the layer is lost in long cells"
+    look.logits = 2 * shown[0] - 1
+    coarse = resample(shown, fine.shape)[0].gt(0.5).float()
+    assert torch.equal(look.as_fine_as_before(fine, coarse), torch.from_numpy(labels == 3).float())
+
+    look.logits[8:, 8:, 8:] = 1  # something new there
+    found = resample(look.logits[None], fine.shape)[0].gt(0).float()
+    begun = look.as_fine_as_before(fine, found)
+    assert torch.equal(begun[42:, 42:, 42:], found[42:, 42:, 42:]) and begun[42:, 42:, 42:].all()
+    np.testing.assert_array_equal(begun[:38] > 0, labels[:38] == 3)
+
+    for nothing in (
+        Look(ObjectPrompts(3), window, None, logits=look.logits),
+        dataclasses.replace(look, prompts=ObjectPrompts(4)),
+    ):
+        assert torch.equal(nothing.as_fine_as_before(fine, found), found)
+
+
+def test_a_mask_and_what_was_clicked_on_since_make_a_box() -> None:
+    clicks = (Click((5, 30, 30), True), Click((15, 41, 20), True), Click((2, 2, 2), False))
+    window = Window((0, 0, 0), (60, 60, 60), (12, 12, 12))
+    look = Look(ObjectPrompts(3, clicks=clicks), window, ((4, 10, 12), (12, 40, 35)))
+    box = look.boxed().prompts.box
+    assert box is not None and (box.start, box.stop) == ((4, 10, 12), (16, 42, 35))
+    assert look.prompts.box is None and look.boxed().prompts.clicks == clicks

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from inference.resampling import resample, to_tensor
+from inference.resampling import covered_cells, resample, to_tensor
 
 
 def test_the_same_size_is_copied_exactly() -> None:
@@ -65,3 +65,19 @@ def test_any_real_dtype_becomes_float32(dtype: type) -> None:
     tensor = to_tensor(voxels)
     assert tensor.dtype == torch.float32 and tensor.shape == (1, 2, 3, 4)
     np.testing.assert_array_equal(tensor[0].numpy(), voxels.astype(np.float32))
+
+
+def test_thin_layers_keep_their_volume_and_a_block_its_half() -> None:
+    block = torch.zeros(40, 40, 40)
+    block[5:35, 5:35, 5:35] = 1
+    z, y, x = torch.meshgrid(*[torch.arange(40.0)] * 3, indexing="ij")
+    layers = ((0.8 * z + 0.5 * y + 0.33 * x) % 10 < 2.2).float()  # in cells of five voxels
+    shares = resample(torch.stack([block, layers, 0.2 * layers]), (8, 8, 8))
+    cells = covered_cells(shares)
+    assert torch.equal(cells[0], shares[0] > 0.5)
+    volume = float(shares[1].sum())
+    assert (shares[1] > 0.5).sum() < 0.6 * volume
+    assert 0.8 * volume < cells[1].sum() < 1.2 * volume
+    assert not cells[2].any(), "a quarter at least"
+    for one, share in zip(cells, shares, strict=True):
+        assert torch.equal(covered_cells(share[None])[0], one), "each by itself"

@@ -1,7 +1,6 @@
 """The whole way of a case through the segmenter, with a small untrained refiner.
 
-Untrained, the refiner returns the likelihood map, which finds the phantoms' objects well enough to
-test everything around it.
+That returns the likelihood map, which finds the phantoms' objects well enough for this.
 """
 
 from __future__ import annotations
@@ -321,6 +320,32 @@ def test_objects_without_a_box_ask_their_own_refiner() -> None:
     for i in range(2):
         np.testing.assert_allclose(both[i], alone[i][i], atol=1e-3)
         assert alone[0][i].shape != alone[1][i].shape or not np.allclose(alone[0][i], alone[1][i])
+
+
+def test_once_its_size_is_known_an_object_asks_both_refiners(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the fourth click on the other one is shown the box of the last mask."""
+    large = _segmenter()._refiner
+    small = Refiner(RefinerConfig(channels=(8, 8), blocks=(2, 1), window=32))
+    asked: list[tuple[bool, float]] = []
+    run = Segmenter._network
+
+    def recorded(self: Segmenter, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
+        asked.append((refiner is small, float(channels[:, CHANNELS.index("box")].max())))
+        return run(self, refiner, channels) * 0 + (1 if refiner is small else -3)
+
+    monkeypatch.setattr(Segmenter, "_network", recorded)
+    clicks = tuple(Click((10, 20, 12 + i), True) for i in range(4))
+    for n, both in ((3, False), (4, True)):
+        case = _case(boxes=False, clicks=(clicks[:n], ()), previous=_phantom()[1])
+        segmenter = Segmenter(large, unboxed=small)
+        segmenter.set_image(case.image, case.spacing_mm)
+        asked.clear()
+        (result,) = segmenter.segment(case.objects, case.previous)
+        assert (True, 0.0) in asked and any(not unboxed for unboxed, _ in asked) == both
+        assert all(box > 0 for unboxed, box in asked if not unboxed)
+        assert (result.logits.size == n) == both, "the mean is below zero but at the clicks"
 
 
 def test_a_bundle_brings_the_refiner_of_objects_without_a_box(tmp_path: Path) -> None:

@@ -70,9 +70,15 @@ def change_intensities(image: Tensor, config: Config, chance: Chance) -> Tensor:
 
 
 def perturb_mask(mask: Tensor, chance: Chance) -> Tensor:
-    """A plausible coarse segmentation of a (D, H, W) bool mask: at fewer cells, with noise."""
+    """A coarse segmentation of a (D, H, W) bool mask: at fewer cells, with noise.
+
+    Every other one is poor: it swells here and shrinks there, and may have lost what is thin.
+    """
     z, y, x = (max(6, round(n * chance.between(0.3, 0.9))) for n in mask.shape)
     coarse = resample(mask[None].float(), (z, y, x))[0]
+    if chance.happens(0.5):
+        coarse = smooth(coarse[None], chance.between(0.5, 2.0))[0]
+        coarse = coarse * (chance.between(0, 1) * chance.field(coarse, 6)).exp()
     coarse = coarse + chance.between(0, 0.5) * smooth(chance.noise(coarse)[None], 1.0)[0]
     D, H, W = mask.shape
     return resample(coarse[None], (D, H, W))[0] > chance.between(0.3, 0.7)

@@ -57,6 +57,8 @@ class Config:
             ``"random"``: anywhere in the error, as in the paper.
         click_slack: 0 for the deepest point itself, 1 for anywhere in the component.
         no_click: probability of a refiner's round without a new click.
+        poor_mask: probability that a refiner's mask is made worse before the next round: drawn
+            towards the ellipsoid after a box alone, as in inference, else coarse and noisy.
         previous_mask: SAM-Med3D's previous mask: ``"logits"`` (the paper) or ``"binary"`` (what
             inference has).
 
@@ -127,6 +129,7 @@ class Config:
     clicks: Literal["deep", "random"] = "deep"
     click_slack: float = 0.3
     no_click: float = 0.12
+    poor_mask: float = 0.0
     previous_mask: Literal["binary", "logits"] = "binary"
 
     dice: float = 1.0
@@ -235,7 +238,7 @@ class Config:
 _PROBABILITIES = (
     *("no_box", "others", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
     *("flip", "permute", "upright", "warp", "gamma", "inversion", "low_resolution", "blur"),
-    *("shading", "noise", "click_slack", "no_click", "ema"),
+    *("shading", "noise", "click_slack", "no_click", "poor_mask", "ema"),
 )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inference.prompts import WindowPrompts
+from inference.resampling import covered_cells
 from training.augmentation import Chance, change_intensities, perturb_mask
 from training.click_simulation import challenge_box, next_clicks
 from training.config import Config
@@ -131,7 +132,7 @@ class WindowDataset:
             chances = [Chance(plan.seed, images.device) for plan in few]
             tasks = [
                 self._task(*one)
-                for one in zip(few, images, shares > 0.5, inside, chances, strict=True)
+                for one in zip(few, images, covered_cells(shares), inside, chances, strict=True)
             ]
             sizes = torch.stack([target.sum() for _, target, _ in tasks]).tolist()
             for i, plan, task, chance, size in zip(chosen, few, tasks, chances, sizes, strict=True):

@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts, refiner_channels
+from inference.refinement import BOX_ALONE, SHAPE_TRUST
+from training.augmentation import Chance, perturb_mask
 from training.click_simulation import next_clicks
 from training.config import Config
 from training.dataset import Sample, WindowDataset
 from training.losses import dice_score, segmentation_loss
 from training.scores import Scores
 
+_SHAPE = CHANNELS.index("ellipsoid")
 _ABSENT = -20.0  # a logit that costs nothing where there is no object
 _SAVED = [field.name for field in dataclasses.fields(Sample) if field.name != "prompts"]
 
@@ -94,9 +98,10 @@ class RefinerRounds:
         beyond = ~torch.stack([p.sample.inside for p in places])
         logits = self._network(channels).float().masked_fill(beyond[:, None], _ABSENT)
         losses = segmentation_loss(logits, targets[:, None].float(), self._config)
-        predicted = logits.detach()[:, 0] > 0
-        self._advance(places, predicted, targets, scores)
-        self.samples = {"image": images, "target": targets, "mask": predicted}
+        said = logits.detach()[:, 0]
+        shape = channels[:, _SHAPE].masked_fill(beyond, _ABSENT)
+        self._advance(places, said, targets, shape, scores)
+        self.samples = {"image": images, "target": targets, "mask": said > 0}
         return losses.mean()
 
     def _fill(self, row: list[int], edge: int, dice: Mapping[str, float]) -> None:
@@ -120,14 +125,23 @@ class RefinerRounds:
             self._pool[slot] = _Place(number, sample, sample.mask, rounds, first)
 
     def _advance(
-        self, places: list[_Place], predicted: Tensor, targets: Tensor, scores: Scores
+        self,
+        places: list[_Place],
+        logits: Tensor,
+        targets: Tensor,
+        shape: Tensor,
+        scores: Scores,
     ) -> None:
-        """Score a round and add what the user says next."""
+        """Score a round, and make the mask and the click that the next one begins with."""
         rngs = [
             np.random.default_rng((self._config.seed, 3, place.number, place.round))
             for place in places
         ]
         silent = [bool(rng.random() < self._config.no_click) for rng in rngs]
+        dice = dice_score(logits > 0, targets).tolist()
+        predicted = torch.stack(
+            [self._mask(*one) for one in zip(places, logits, shape, strict=True)]
+        )
         clicks = next_clicks(
             predicted,
             targets,
@@ -136,7 +150,6 @@ class RefinerRounds:
             self._config.clicks,
             self._config.click_slack,
         )
-        dice = dice_score(predicted, targets).tolist()
         for place, mask, click, quiet, score in zip(
             places, predicted, clicks, silent, dice, strict=True
         ):
@@ -152,6 +165,16 @@ class RefinerRounds:
                 sample.prompts = dataclasses.replace(
                     sample.prompts, clicks=(*known, click), elsewhere=sample.elsewhere
                 )
+
+    def _mask(self, place: _Place, logits: Tensor, shape: Tensor) -> Tensor:
+        """The mask that a round leaves, now and then a poor one."""
+        rng = np.random.default_rng((self._config.seed, 4, place.number, place.round))
+        if rng.random() >= self._config.poor_mask:
+            return logits > 0
+        if place.mask is None and place.sample.prompts.box is not None:
+            return logits + SHAPE_TRUST * shape + BOX_ALONE > 0
+        chance = Chance(int(rng.integers(2**62)), logits.device)
+        return perturb_mask(logits > 0, chance) & place.sample.inside
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on, as plain values and tensors."""

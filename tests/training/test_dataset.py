@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from inference.coarse import _normalise
+from inference.model.refiner import CHANNELS
 from tests.training.balls import TINY_SAM, config, write_balls
-from training.augmentation import Chance, change_intensities, masked_z_scores
+from training.augmentation import Chance, change_intensities, masked_z_scores, perturb_mask
 from training.dataset import Sample, WindowDataset
+from training.losses import dice_score
 from training.refiner_rounds import RefinerRounds
 from training.scores import Scores
 from training.synthesis import random_shape, supervoxel
@@ -135,6 +137,51 @@ def test_a_close_look_begins_with_a_mask(folder: Path) -> None:
         both = (sample.mask & sample.target).sum()
         overlaps.append(float(2 * both / (sample.mask.sum() + sample.target.sum())))
     assert 0.5 < np.mean(overlaps) < 0.99
+
+
+def test_some_of_the_masks_that_close_looks_begin_with_are_poor() -> None:
+    target = torch.zeros(32, 32, 32, dtype=torch.bool)
+    target[8:24, 8:24, 8:24] = True
+    layer = torch.zeros_like(target)
+    layer[15:17] = True
+    overlaps: list[list[float]] = [[], []]
+    for seed in range(60):
+        for found, mask in zip(overlaps, (target, layer), strict=True):
+            poor = perturb_mask(mask, Chance(seed, mask.device))
+            found.append(float(dice_score(poor[None], mask[None])))
+    block, thin = (np.array(found) for found in overlaps)
+    assert block.min() > 0.5 and np.mean(block > 0.9) > 0.5
+    assert 0.1 < np.mean(thin < 0.5) < 0.7 and np.mean(thin > 0.8) > 0.2
+
+
+@pytest.mark.parametrize("poor", [0.0, 1.0])
+def test_rounds_may_begin_with_poor_masks(folder: Path, poor: float) -> None:
+    """After a box alone they are drawn towards its ellipsoid, else coarse and noisy."""
+    dataset = _dataset(folder, no_box=0.0, zoom=0.0)
+    row = list(range(12))
+    values = {"poor_mask": poor, "no_click": 0.0, "rounds": 6}
+    network = torch.nn.Conv3d(len(CHANNELS), 1, 1)
+    torch.nn.init.zeros_(network.weight)
+    torch.nn.init.constant_(network.bias, -1.0)  # nothing anywhere, until the ellipsoid is added
+    rounds = RefinerRounds(network, dataset, config(**values), [row], len(row))
+    rounds._fill(row, 16, {})
+    places = [rounds._pool[slot] for slot in row]
+    scores = Scores(dataset.sources, 6)
+    rounds.loss(0, 0, 0.0, {}, scores)
+    sizes = [(int(m.sum()), m & ~p.sample.target) for p in places if (m := p.mask) is not None]
+    if poor:
+        for size, outside in sizes:
+            assert size and int(outside.sum()) < 0.5 * size
+    else:
+        assert not any(size for size, _ in sizes)
+    going_on = [place for place in places if place.left > 0]
+    before = [place.mask for place in going_on]
+    with torch.no_grad():
+        network.weight[0, CHANNELS.index("previous_mask")] = 10.0  # says what it is shown
+    rounds.loss(0, 1, 0.0, {}, scores)
+    pairs = [(a, p.mask) for a, p in zip(before, going_on, strict=True)]
+    same = [a is not None and b is not None and torch.equal(a, b) for a, b in pairs]
+    assert len(same) > 6 and (not any(same) if poor else all(same))
 
 
 def test_a_number_always_gives_the_same_sample(folder: Path) -> None:
