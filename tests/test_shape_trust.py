@@ -1,0 +1,40 @@
+"""How much the ellipsoid in an object's box counts beside what the network says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from inference.case import Box, Click, ObjectPrompts
+from inference.model.refiner import Refiner, RefinerConfig
+from inference.segmenter import Segmenter
+
+BOX = Box((10, 10, 10), (30, 26, 22), 20)
+
+
+@pytest.fixture
+def segmenter(monkeypatch: pytest.MonkeyPatch) -> Segmenter:
+    """One whose network knows nothing: slightly below zero everywhere."""
+
+    def unsure(self: Segmenter, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(channels[:, 0], -0.8)
+
+    monkeypatch.setattr(Segmenter, "_network", unsure)
+    segmenter = Segmenter(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
+    segmenter.set_image(np.zeros((40, 40, 40), np.uint8), (1.0, 1.0, 1.0))
+    return segmenter
+
+
+def _drawn(segmenter: Segmenter, clicks: int) -> int:
+    """Voxels of the object's mask, without those of its clicks."""
+    points = tuple(Click((20, 18, 12 + i), True) for i in range(clicks))
+    (result,) = segmenter.segment([ObjectPrompts(1, BOX, points)])
+    return int((result.logits > 0).sum()) - clicks
+
+
+def test_the_ellipsoid_counts_in_the_first_two_rounds_only(segmenter: Segmenter) -> None:
+    ellipsoid = np.pi / 6 * 20 * 16 * 12
+    assert 0.5 * ellipsoid < _drawn(segmenter, 0) < 1.2 * ellipsoid
+    assert 0.1 * ellipsoid < _drawn(segmenter, 1) < _drawn(segmenter, 0)
+    assert _drawn(segmenter, 2) == _drawn(segmenter, 5) == 0
