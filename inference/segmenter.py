@@ -23,7 +23,9 @@ from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast, choose_device
 from inference.prompts import refiner_channels, shifted
 from inference.refinement import (
+    BOX_ALONE,
     FIRST_LOOKS,
+    SHAPE_TRUST,
     ObjectLogits,
     bounding_boxes,
     fine_shape,
@@ -37,12 +39,6 @@ from inference.sliding_window import Tile, sliding_window, tile_grid
 
 Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 
-#: Log-odds that the ellipsoid in a box adds at its centre, before the first click and at it (chosen
-#: on training cases). Boxes alone do best without, but the network holds on to its first masks, and
-#: clicks mend those better that are drawn towards the ellipsoid.
-_SHAPE_TRUST = (1.5, 2.0)
-#: Log-odds added everywhere before the first click: masks are too small then (chosen likewise).
-_BOX_ALONE = 0.7
 #: How much more a closer look counts than the one before it, from which it was chosen (likewise).
 _CLOSER_COUNTS = 2.0
 _SHAPE = CHANNELS.index("ellipsoid")
@@ -274,7 +270,11 @@ class Segmenter:
         prompts = [look.prompts_in(look.window) for look in looks]
         channels = refiner_channels(images, prompts, masks, known, coarse)
         logits = self._network(refiner, channels)
-        trust = torch.tensor([_trust(look.prompts) for look in looks], device=logits.device)
+        box_alone = [
+            look.prompts.box is not None and not mask
+            for look, mask in zip(looks, known, strict=True)
+        ]
+        trust = SHAPE_TRUST * torch.tensor(box_alone, device=logits.device).float()
         return logits + trust[:, None, None, None] * channels[:, _SHAPE]
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ class Segmenter:
             if np.prod(shape) > 1.5 * np.prod(window.shape):
                 window, logits = self._second_pass(refiner, look, shape)
         if look.prompts.box is not None and look.previous is None and not look.prompts.clicks:
-            logits = logits + _BOX_ALONE
+            logits = logits + BOX_ALONE
         return to_voxels(logits, window, look.prompts.label, self._volume, floor)
 
     def _second_pass(self, refiner: Refiner, look: Look, shape: Triple) -> tuple[Window, Tensor]:
@@ -391,9 +391,3 @@ class Segmenter:
                 "SAM-Med3D checkpoint beside it"
             )
         return cls(network, coarse, place, unboxed)
-
-
-def _trust(prompts: ObjectPrompts) -> float:
-    """Log-odds that the ellipsoid in an object's box adds at its centre."""
-    clicks = len(prompts.clicks)
-    return _SHAPE_TRUST[clicks] if prompts.box and clicks < len(_SHAPE_TRUST) else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from inference.case import Box, Click, ObjectPrompts
 from inference.model.refiner import Refiner, RefinerConfig
@@ -26,15 +27,18 @@ def segmenter(monkeypatch: pytest.MonkeyPatch) -> Segmenter:
     return segmenter
 
 
-def _drawn(segmenter: Segmenter, clicks: int) -> int:
+def _drawn(segmenter: Segmenter, clicks: int, previous: NDArray[np.uint8] | None = None) -> int:
     """Voxels of the object's mask, without those of its clicks."""
     points = tuple(Click((20, 18, 12 + i), True) for i in range(clicks))
-    (result,) = segmenter.segment([ObjectPrompts(1, BOX, points)])
+    (result,) = segmenter.segment([ObjectPrompts(1, BOX, points)], previous)
     return int((result.logits > 0).sum()) - clicks
 
 
-def test_the_ellipsoid_counts_in_the_first_two_rounds_only(segmenter: Segmenter) -> None:
+def test_the_ellipsoid_counts_while_there_is_no_mask(segmenter: Segmenter) -> None:
     ellipsoid = np.pi / 6 * 20 * 16 * 12
-    assert 0.5 * ellipsoid < _drawn(segmenter, 0) < 1.2 * ellipsoid
-    assert 0.1 * ellipsoid < _drawn(segmenter, 1) < _drawn(segmenter, 0)
-    assert _drawn(segmenter, 2) == _drawn(segmenter, 5) == 0
+    assert 0.5 * ellipsoid < _drawn(segmenter, 0) < 1.3 * ellipsoid
+    assert _drawn(segmenter, 1) > 0.5 * ellipsoid
+    mask = np.zeros((40, 40, 40), np.uint8)
+    assert _drawn(segmenter, 1, mask) > 0.5 * ellipsoid, "an empty mask is none"
+    mask[12:28, 12:24, 12:20] = 1
+    assert _drawn(segmenter, 1, mask) == _drawn(segmenter, 5, mask) == 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts, refiner_channels
+from inference.refinement import BOX_ALONE, SHAPE_TRUST
 from training.augmentation import Chance, perturb_mask
 from training.click_simulation import next_clicks
 from training.config import Config
@@ -21,7 +22,6 @@ from training.losses import dice_score, segmentation_loss
 from training.scores import Scores
 
 _SHAPE = CHANNELS.index("ellipsoid")
-_SHAPE_TRUST, _BOX_ALONE = 5.0, 0.7  # log-odds, as inference adds or more
 _ABSENT = -20.0  # a logit that costs nothing where there is no object
 _SAVED = [field.name for field in dataclasses.fields(Sample) if field.name != "prompts"]
 
@@ -172,7 +172,7 @@ class RefinerRounds:
         if rng.random() >= self._config.poor_mask:
             return logits > 0
         if place.mask is None and place.sample.prompts.box is not None:
-            return logits + _SHAPE_TRUST * shape + _BOX_ALONE > 0
+            return logits + SHAPE_TRUST * shape + BOX_ALONE > 0
         chance = Chance(int(rng.integers(2**62)), logits.device)
         return perturb_mask(logits > 0, chance) & place.sample.inside
 
