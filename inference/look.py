@@ -14,7 +14,14 @@ from torch import Tensor
 from inference.case import Box, ObjectPrompts
 from inference.geometry import Triple, Window
 from inference.prompts import WindowPrompts, window_prompts
-from inference.refinement import bounding_box, first_windows, grown_window, hull, touched_faces
+from inference.refinement import (
+    bounding_box,
+    click_voxels,
+    first_windows,
+    grown_window,
+    hull,
+    touched_faces,
+)
 from inference.resampling import covered_cells, resample, to_tensor
 
 _GROWTHS_WITH_BOX = 2
@@ -82,8 +89,7 @@ class Look:
     def boxed(self) -> Look:
         """The same object shown with the box of its last mask and of what was clicked on since."""
         assert self.previous is not None
-        clicked = [c.position for c in self.prompts.clicks if c.positive]
-        low, high = hull([self.previous, *((p, tuple(n + 1 for n in p)) for p in clicked)])
+        low, high = hull([self.previous, *click_voxels(self.prompts.clicks, positive=True)])
         box = Box(low, high, (low[0] + high[0]) // 2)
         return dataclasses.replace(self, prompts=dataclasses.replace(self.prompts, box=box))
 

@@ -93,6 +93,12 @@ def bounding_boxes(labels: NDArray[np.uint8]) -> dict[int, tuple[Triple, Triple]
     return found
 
 
+def click_voxels(clicks: Sequence[Click], positive: bool = False) -> list[tuple[Triple, Triple]]:
+    """Half-open box of each click's voxel; of positive ones alone, if wanted."""
+    places = [click.position for click in clicks if click.positive or not positive]
+    return [((z, y, x), (z + 1, y + 1, x + 1)) for z, y, x in places]
+
+
 def first_windows(
     prompts: ObjectPrompts,
     previous: tuple[Triple, Triple] | None,
@@ -115,8 +121,8 @@ def first_windows(
         shape: cells of a window.
         looks: edges of cubes in longest edges of the volume, in millimetres.
     """
-    points = [(click.position, tuple(p + 1 for p in click.position)) for click in prompts.clicks]
-    positive = [p for p, c in zip(points, prompts.clicks, strict=True) if c.positive]
+    points = click_voxels(prompts.clicks)
+    positive = click_voxels(prompts.clicks, positive=True)
     if prompts.box is not None:
         box = prompts.box
         windows = [window_around(box.start, box.stop, shape, spacing_mm, BOX_SCALE)]
@@ -226,7 +232,7 @@ def honour_clicks(result: ObjectLogits, clicks: Sequence[Click]) -> ObjectLogits
     """
     if not clicks:
         return result
-    positive = [(c.position, tuple(p + 1 for p in c.position)) for c in clicks if c.positive]
+    positive = click_voxels(clicks, positive=True)
     own = [(result.start, result.stop)] if result.logits.size else []
     if not own and not positive:
         return result
