@@ -59,6 +59,7 @@ class Config:
         no_click: probability of a refiner's round without a new click.
         poor_mask: probability that a refiner's mask is made worse before the next round: drawn
             towards the ellipsoid after a box alone, as in inference, else coarse and noisy.
+        no_mask: probability that a refiner's round after a click is not shown the last mask.
         previous_mask: SAM-Med3D's previous mask: ``"logits"`` (the paper) or ``"binary"`` (what
             inference has).
 
@@ -67,12 +68,14 @@ class Config:
             its own overlap.
         focal_gamma: exponent of the focal loss.
 
+        optimizer: ``"adamw"``, or the refiner's ``"muon"``: see optimisation.py.
         lr: learning rate; of the image encoder, for SAM-Med3D.
         lr_prompts: of SAM-Med3D's prompt encoder and mask decoder; None for ``lr``.
         schedule: ``"cosine"`` to ``lr_end * lr``, or ``"multistep"``: times ``lr_gamma`` at each
             of the ``milestones`` (epochs).
         warmup_steps: linear; 0 for none.
-        weight_decay, betas: AdamW. ``decay_all``: decay biases and normalisation too.
+        weight_decay: of both optimisers; ``decay_all``: of biases and normalisation, too.
+        betas: of AdamW.
         clip_norm: largest gradient norm; 0 for no limit.
         ema: decay of the exponential moving average that is exported; 0 for none.
         precision: ``"auto"`` is bfloat16 where hardware has it (float16 on old cards).
@@ -130,6 +133,7 @@ class Config:
     click_slack: float = 0.3
     no_click: float = 0.12
     poor_mask: float = 0.0
+    no_mask: float = 0.0
     previous_mask: Literal["binary", "logits"] = "binary"
 
     dice: float = 1.0
@@ -139,6 +143,7 @@ class Config:
     boundary: float = 0.0
     iou: float = 0.0
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1.5e-3
     lr_prompts: float | None = None
     schedule: Literal["cosine", "multistep"] = "cosine"
@@ -194,6 +199,8 @@ class Config:
             raise ValueError(
                 f"windows is {self.windows}; accepted: multiples of {self.refiner.stride}"
             )
+        if self.optimizer == "muon" and self.network != "refiner":
+            raise ValueError(f"optimizer is muon, network {self.network}; accepted: refiner")
         if self.pointless_rounds > max(0, self.rounds - 2):
             raise ValueError(
                 f"pointless_rounds is {self.pointless_rounds} of {self.rounds} rounds; accepted: "
@@ -238,7 +245,7 @@ class Config:
 _PROBABILITIES = (
     *("no_box", "others", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
     *("flip", "permute", "upright", "warp", "gamma", "inversion", "low_resolution", "blur"),
-    *("shading", "noise", "click_slack", "no_click", "poor_mask", "ema"),
+    *("shading", "noise", "click_slack", "no_click", "poor_mask", "no_mask", "ema"),
 )
 
 

@@ -150,8 +150,9 @@ class RefinerRounds:
             self._config.clicks,
             self._config.click_slack,
         )
-        for place, mask, click, quiet, score in zip(
-            places, predicted, clicks, silent, dice, strict=True
+        withheld = [float(rng.random()) for rng in rngs]
+        for place, mask, click, quiet, chance, score in zip(
+            places, predicted, clicks, silent, withheld, dice, strict=True
         ):
             sample = place.sample
             scores.add(sample.source, sample.prompts.box is not None, place.round, score)
@@ -165,13 +166,15 @@ class RefinerRounds:
                 sample.prompts = dataclasses.replace(
                     sample.prompts, clicks=(*known, click), elsewhere=sample.elsewhere
                 )
+                if place.left and chance < self._config.no_mask:
+                    place.mask = None
 
     def _mask(self, place: _Place, logits: Tensor, shape: Tensor) -> Tensor:
         """The mask that a round leaves, now and then a poor one."""
         rng = np.random.default_rng((self._config.seed, 4, place.number, place.round))
         if rng.random() >= self._config.poor_mask:
             return logits > 0
-        if place.mask is None and place.sample.prompts.box is not None:
+        if place.round == 0:
             return logits + SHAPE_TRUST * shape + BOX_ALONE > 0
         chance = Chance(int(rng.integers(2**62)), logits.device)
         return perturb_mask(logits > 0, chance) & place.sample.inside

@@ -141,7 +141,6 @@ class Trainer:
         config = self.config
         self._rate = self._optimisation.prepare(self.step, self.progress, self.epoch)
         self.model.train()
-        self._optimisation.optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._device)
         dtype, enabled = _precision(config, self._device)
         for part in range(config.accumulate):
@@ -153,10 +152,9 @@ class Trainer:
                 loss = loss / config.accumulate
                 self._scaler.scale(loss).backward()
                 total += loss.detach()
-        self._scaler.unscale_(self._optimisation.optimiser)
-        norm = self._optimisation.gradient_norm()
+        norm = self._optimisation.unscale(self._scaler)
         if bool(torch.isfinite(norm)):  # the same in every process: gradients are summed
-            self._scaler.step(self._optimisation.optimiser)
+            self._optimisation.step(self._scaler)
             self._skipped_in_a_row = 0
             self._losses.append(float(total))
         else:
@@ -208,7 +206,7 @@ class Trainer:
             state = {
                 "model": model.state_dict(),
                 "average": self.average,
-                "optimiser": self._optimisation.optimiser.state_dict(),
+                "optimisers": self._optimisation.state(),
                 "scaler": self._scaler.state_dict(),
                 "step": self.step,
                 "minutes": self.minutes,
@@ -237,7 +235,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for name, value in state["average"].items():
             self.average[name].copy_(value)
-        self._optimisation.optimiser.load_state_dict(state["optimiser"])
+        # Earlier checkpoints knew one optimiser.
+        self._optimisation.load(state.get("optimisers") or [state["optimiser"]])
         self.step, self.minutes = state["step"], state["minutes"]
         self.windows = state["windows"]
         self.skipped = state.get("skipped", 0)

@@ -75,16 +75,17 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     model = build_network(config)
     optimisation = Optimisation(model, config)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16)
     channels = refiner_channels(images, prompts, masks, [False] * batch)
 
     def step() -> torch.Tensor:
-        optimisation.optimiser.zero_grad(set_to_none=True)
+        optimisation.prepare(0, 0.0, 0.0)
         with autocast:
             logits = model(channels)
         segmentation_loss(logits, targets[:, None].float(), config).mean().backward()
-        optimisation.gradient_norm()
-        optimisation.optimiser.step()
+        optimisation.unscale(scaler)
+        optimisation.step(scaler)
         optimisation.update_average(1000)
         return logits
 

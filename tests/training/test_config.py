@@ -72,12 +72,18 @@ def test_overrides_beat_the_file(tmp_path: Path) -> None:
         ("network=unet", "accepted: one of"),
         ("windows=[[0.0, 40]]", "accepted: multiples of 16"),
         ("windows=[[0.5, 48]]", "accepted: pairs, the first at 0.0"),
+        ("no_mask=-0.1", r"no_mask is -0.1; accepted: 0\.\.1"),
         ("pointless_rounds=6", "pointless_rounds is 6 of 6 rounds"),
     ],
 )
 def test_what_no_run_can_be_made_from_is_refused(pair: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.load(None, [pair])
+
+
+def test_muon_is_for_the_refiner() -> None:
+    with pytest.raises(ValueError, match="muon, network sam_med3d; accepted: refiner"):
+        Config.load(None, ["optimizer=muon", "network=sam_med3d"])
 
 
 def test_synthetic_shares_may_not_exceed_one() -> None:

@@ -184,6 +184,24 @@ def test_rounds_may_begin_with_poor_masks(folder: Path, poor: float) -> None:
     assert len(same) > 6 and (not any(same) if poor else all(same))
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_masks_may_be_withheld_after_a_click(folder: Path, share: float) -> None:
+    """Not where no click came: such a round would be the first one over again."""
+    dataset = _dataset(folder, no_box=0.0, zoom=0.0)
+    row = list(range(12))
+    for silence in (0.0, 1.0):
+        values = {"no_mask": share, "no_click": silence, "rounds": 6}
+        network = torch.nn.Conv3d(len(CHANNELS), 1, 1)
+        rounds = RefinerRounds(network, dataset, config(**values), [row], len(row))
+        rounds._fill(row, 16, {})
+        going_on = [rounds._pool[slot] for slot in row if rounds._pool[slot].left > 1]
+        rounds.loss(0, 0, 0.0, {}, Scores(dataset.sources, 6))
+        withheld = [place.mask is None for place in going_on]
+        clicked = [bool(place.sample.prompts.clicks) for place in going_on]
+        assert len(going_on) > 6 and any(clicked) != bool(silence)
+        assert withheld == [bool(share) and click for click in clicked]
+
+
 def test_a_number_always_gives_the_same_sample(folder: Path) -> None:
     values = {"synthetic": 0.3, "supervoxels": 0.2, "shapes": 0.2, "warp": 0.5}
     dataset = _dataset(folder, **values)
