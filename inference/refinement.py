@@ -21,11 +21,8 @@ ZOOM = 1.5
 #: First looks at an object of unknown size: edges in longest edges of the volume (chosen on
 #: training cases, where looking beyond the volume finds large objects best).
 FIRST_LOOKS = (0.7, 1.4)
-#: Log-odds that the ellipsoid in the box adds at its centre while a box is all there is (chosen on
-#: training cases). Boxes alone do better without, but the network holds on to its first masks, and
-#: clicks mend those better that are drawn towards the ellipsoid.
-SHAPE_TRUST = 5.0
-#: Log-odds added everywhere then: before the first click masks are too small (chosen likewise).
+#: Log-odds added everywhere before the first click: masks are too small then (chosen on training
+#: cases).
 BOX_ALONE = 0.7
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 #: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.

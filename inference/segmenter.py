@@ -17,7 +17,7 @@ from inference.consensus import FLOOR, consensus
 from inference.geometry import Triple, Window
 from inference.look import Look
 from inference.memory import in_parts, is_out_of_memory, release_memory, windows_at_once
-from inference.model.refiner import CHANNELS, Refiner, load_refiners
+from inference.model.refiner import Refiner, load_refiners
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
 from inference.precision import autocast, choose_device
@@ -25,7 +25,6 @@ from inference.prompts import refiner_channels, shifted
 from inference.refinement import (
     BOX_ALONE,
     FIRST_LOOKS,
-    SHAPE_TRUST,
     ObjectLogits,
     bounding_boxes,
     fine_shape,
@@ -41,7 +40,6 @@ Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 
 #: How much more a closer look counts than the one before it, from which it was chosen (likewise).
 _CLOSER_COUNTS = 2.0
-_SHAPE = CHANNELS.index("ellipsoid")
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
 #: From here on cells lose of thin layers what the last round had found (chosen on training cases).
@@ -269,13 +267,7 @@ class Segmenter:
                 masks[i] = mask[0]
         prompts = [look.prompts_in(look.window) for look in looks]
         channels = refiner_channels(images, prompts, masks, known, coarse)
-        logits = self._network(refiner, channels)
-        box_alone = [
-            look.prompts.box is not None and not mask
-            for look, mask in zip(looks, known, strict=True)
-        ]
-        trust = SHAPE_TRUST * torch.tensor(box_alone, device=logits.device).float()
-        return logits + trust[:, None, None, None] * channels[:, _SHAPE]
+        return self._network(refiner, channels)
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
         """(B, 11, D, H, W) -> (B, D, H, W) float32 logits."""

@@ -58,7 +58,7 @@ class Config:
         click_slack: 0 for the deepest point itself, 1 for anywhere in the component.
         no_click: probability of a refiner's round without a new click.
         poor_mask: probability that a refiner's mask is made worse before the next round: drawn
-            towards the ellipsoid after a box alone, as in inference, else coarse and noisy.
+            towards the ellipsoid after a box alone, else coarse and noisy.
         no_mask: probability that a refiner's round after a click is not shown the last mask.
         previous_mask: SAM-Med3D's previous mask: ``"logits"`` (the paper) or ``"binary"`` (what
             inference has).

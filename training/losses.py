@@ -63,7 +63,7 @@ def boundary_band(target: Tensor) -> Tensor:
 
 
 def _swollen(mask: Tensor) -> Tensor:
-    """A mask's cells and those within a cube about them; on a CPU an eighth of a pooling's time."""
+    """A mask's cells and those within a cube about them: a pooling, but much faster on a CPU."""
     for axis in (2, 3, 4):
         wide, edge = mask.clone(), mask.shape[axis]
         for shift in range(1, min(_BAND, edge - 1) + 1):

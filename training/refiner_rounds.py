@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts, refiner_channels
-from inference.refinement import BOX_ALONE, SHAPE_TRUST
 from training.augmentation import Chance, perturb_mask
 from training.click_simulation import next_clicks
 from training.config import Config
@@ -22,6 +21,8 @@ from training.losses import dice_score, segmentation_loss
 from training.scores import Scores
 
 _SHAPE = CHANNELS.index("ellipsoid")
+#: Log-odds at the ellipsoid's centre, and everywhere, that draw a poor first mask towards it.
+_DRAWN, _SWOLLEN = 5.0, 0.7
 _ABSENT = -20.0  # a logit that costs nothing where there is no object
 _SAVED = [field.name for field in dataclasses.fields(Sample) if field.name != "prompts"]
 
@@ -175,7 +176,7 @@ class RefinerRounds:
         if rng.random() >= self._config.poor_mask:
             return logits > 0
         if place.round == 0:
-            return logits + SHAPE_TRUST * shape + BOX_ALONE > 0
+            return logits + _DRAWN * shape + _SWOLLEN > 0
         chance = Chance(int(rng.integers(2**62)), logits.device)
         return perturb_mask(logits > 0, chance) & place.sample.inside
 
