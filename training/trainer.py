@@ -226,7 +226,7 @@ class Trainer:
         """Continue from a checkpoint of :meth:`save`, also of another number of processes.
 
         Raises:
-            ValueError: it is no checkpoint, or of another network.
+            ValueError: it is no checkpoint, or of another network or optimiser.
         """
         state = load_checkpoint(path, self._device)
         shape = PREFIX[self.config.network]

@@ -38,20 +38,24 @@ def test_the_papers_rates_and_steps() -> None:
         assert encoder["betas"] == (0.9, 0.999)
 
 
-def _after_a_step(optimizer: str, **values: float) -> tuple[dict[str, torch.Tensor], ...]:
+def _after_a_step(
+    optimizer: str, scale: float = 1.0, **values: float
+) -> tuple[dict[str, torch.Tensor], ...]:
     """Weights of a refiner before a step of random gradients, and after."""
     torch.manual_seed(0)
     settings = config(optimizer=optimizer, lr=0.01, warmup_steps=0, **values)
     model = build_network(settings)
     before = copy.deepcopy(model.state_dict())
     optimisation = Optimisation(model, settings)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+    scaler.scale(torch.zeros(()))
     optimisation.prepare(0, 0.0, 0.0)
     assert all(p.grad is None for p in model.parameters())
     for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    assert optimisation.unscale(scaler) == pytest.approx(float(norm), rel=1e-4)
+        parameter.grad = scale * torch.randn_like(parameter)
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    norm = float(torch.stack(norms).norm()) / scale
+    assert optimisation.unscale(scaler) == pytest.approx(norm, rel=1e-4)
     optimisation.step(scaler)
     return before, dict(model.state_dict())
 
@@ -84,6 +88,15 @@ def test_weights_decay_with_both_optimisers() -> None:
         torch.testing.assert_close(decayed[name], expected, rtol=1e-4, atol=1e-6)
     name = "encoder.0.0.norm1.weight"
     assert torch.equal(decayed[name], kept[name]), "normalisation does not"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_scaled_loss_gives_the_same_step(optimizer: str) -> None:
+    """As float16 needs it; gradients of matrices must not be unscaled twice, nor never."""
+    _, plain = _after_a_step(optimizer)
+    _, scaled = _after_a_step(optimizer, scale=1024.0)
+    for name, value in plain.items():
+        torch.testing.assert_close(scaled[name], value, msg=name)
 
 
 def test_the_state_of_other_optimisers_is_refused() -> None:
