@@ -38,7 +38,8 @@ from inference.sliding_window import Tile, sliding_window, tile_grid
 
 Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 
-#: How much more a closer look counts than the one before it, from which it was chosen (likewise).
+#: How much more a closer look counts than the one before it, from which it was chosen (fitted on
+#: training cases).
 _CLOSER_COUNTS = 2.0
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time

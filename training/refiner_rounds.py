@@ -151,8 +151,8 @@ class RefinerRounds:
             self._config.clicks,
             self._config.click_slack,
         )
-        withheld = [float(rng.random()) for rng in rngs]
-        for place, mask, click, quiet, chance, score in zip(
+        withheld = [bool(rng.random() < self._config.no_mask) for rng in rngs]
+        for place, mask, click, quiet, unseen, score in zip(
             places, predicted, clicks, silent, withheld, dice, strict=True
         ):
             sample = place.sample
@@ -167,7 +167,7 @@ class RefinerRounds:
                 sample.prompts = dataclasses.replace(
                     sample.prompts, clicks=(*known, click), elsewhere=sample.elsewhere
                 )
-                if place.left and chance < self._config.no_mask:
+                if place.left and unseen:
                     place.mask = None
 
     def _mask(self, place: _Place, logits: Tensor, shape: Tensor) -> Tensor:
