@@ -23,7 +23,7 @@ ZOOM = 1.5
 FIRST_LOOKS = (0.7, 1.4)
 #: Log-odds added everywhere before the first click: masks are too small then (chosen on training
 #: cases).
-BOX_ALONE = 0.7
+BOX_ALONE = 0.3
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 #: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.
 SURE = 100.0

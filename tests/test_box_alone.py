@@ -20,7 +20,7 @@ def segmenter(monkeypatch: pytest.MonkeyPatch) -> Segmenter:
 
     def unsure(self: Segmenter, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
         logits = torch.full_like(channels[:, 0], -9.0)
-        logits[..., 12:20, 12:20, 12:20] = -0.5
+        logits[..., 12:20, 12:20, 12:20] = -0.2
         return logits
 
     monkeypatch.setattr(Segmenter, "_network", unsure)
