@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -75,8 +74,9 @@ class Window:
     def inside(self, shape: Triple) -> tuple[slice, slice, slice]:
         """The cells whose centres lie in a volume of ``shape``: slices of the grid."""
         z, y, x = (
-            slice(*(min(max(math.ceil((v - a) / c - 0.5), 0), m) for v in (0, n)))
-            for a, c, m, n in zip(self.start, self.cell, self.shape, shape, strict=True)
+            # In whole numbers: a centre may lie on a face of the volume.
+            slice(*(min(max(-((s - 2 * (v - a) * m) // (2 * s)), 0), m) for v in (0, n)))
+            for a, s, m, n in zip(self.start, self.size, self.shape, shape, strict=True)
         )
         return z, y, x
 

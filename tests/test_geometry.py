@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from inference.geometry import SLENDEREST, Window, window_around
@@ -58,13 +58,16 @@ def test_crop_shows_the_volume_where_it_is_and_zeros_or_edges_elsewhere(
 
 
 @given(windows(), st.tuples(*[st.integers(1, 20)] * 3))
+@example(Window((0, -19, 0), (1, 43, 1), (1, 47, 1)), (1, 12, 1))  # a centre on the face
 def test_cells_with_their_centre_in_the_volume_are_inside(
     window: Window, shape: tuple[int, int, int]
 ) -> None:
     for axis, found in enumerate(window.inside(shape)):
         cells = np.arange(window.shape[axis])
-        centres = [window.to_volume((i, i, i))[axis] for i in cells]
-        expected = [-0.5 <= v < shape[axis] - 0.5 for v in centres]
+        # Twice as many voxels, and cells as fractions of them, are whole numbers.
+        n, size = window.shape[axis], window.size[axis]
+        centres = [2 * n * window.start[axis] + (2 * int(i) + 1) * size for i in cells]
+        expected = [0 <= centre < 2 * n * shape[axis] for centre in centres]
         assert cells[found].tolist() == cells[expected].tolist()
 
 
