@@ -65,7 +65,7 @@ def refiner_channels(
         prompts: B entries.
         previous: (B, D, H, W) the previous mask, 0..1; ignored where ``has_previous`` is False.
         has_previous: B flags.
-        coarse: (B, D, H, W) logits of a coarse stage, or None.
+        coarse: (B, D, H, W) logits of the first pass, for a second one, or None.
 
     Returns:
         (B, 11, D, H, W) float32.

@@ -255,22 +255,18 @@ class Segmenter:
     def _logits(self, refiner: Refiner, looks: Sequence[Look]) -> Tensor:
         """Logits (B, D, H, W) of one refiner."""
         images = torch.cat([self._cells(look.window) for look in looks])
-        coarse, masks, known = torch.zeros_like(images), torch.zeros_like(images), []
+        masks, known = torch.zeros_like(images), []
         for i, look in enumerate(looks):
             mask = look.mask_in(look.window, self.device)
-            if look.coarse is not None:
+            if mask is None and look.coarse is not None:
                 source, logits = look.coarse
-                seen = transfer(logits[None], source, look.window, fill=-6.0)
-                if refiner.config.coarse:
-                    coarse[i] = seen[0]
-                elif mask is None and bool((seen > 0).any()):
-                    # It knows masks, not coarse logits.
-                    mask = (seen > 0) * self._inside(look.window)
+                seen = transfer(logits[None], source, look.window, fill=-6.0) > 0
+                mask = seen * self._inside(look.window) if bool(seen.any()) else None
             known.append(mask is not None)
             if mask is not None:
                 masks[i] = mask[0]
         prompts = [look.prompts_in(look.window) for look in looks]
-        channels = refiner_channels(images, prompts, masks, known, coarse)
+        channels = refiner_channels(images, prompts, masks, known)
         return self._network(refiner, channels)
 
     def _network(self, refiner: Refiner, channels: Tensor) -> Tensor:
@@ -330,9 +326,6 @@ class Segmenter:
         mask = (first > 0) * inside
         if max(look.window.cell) > _BLURRING_CELL:
             mask = look.as_fine_as_before(fine, mask)
-        coarse = torch.zeros_like(image)
-        if look.coarse is not None and refiner.config.coarse:
-            coarse = transfer(look.coarse[1][None], look.coarse[0], fine, fill=-6.0)[0]
         prompts = look.prompts_in(fine)
         z, y, x = (min(_TILE, n) for n in shape)
         tiles = [
@@ -347,7 +340,7 @@ class Segmenter:
                 [shifted(prompts, p) for p in places],
                 torch.stack([mask[p] for p in places]),
                 [True] * len(places),
-                torch.stack([coarse[p] for p in places]),
+                torch.stack([first[p] for p in places]) if refiner.config.coarse else None,
             )
             return self._network(refiner, channels)
 

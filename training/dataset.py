@@ -12,10 +12,11 @@ from torch import Tensor
 
 from inference.prompts import WindowPrompts
 from inference.resampling import covered_cells
-from training.augmentation import Chance, change_intensities, perturb_mask
+from training.augmentation import Chance, change_intensities
 from training.click_simulation import challenge_box, next_clicks
 from training.config import Config
 from training.plan import Plan, Planner, Point
+from training.surroundings import Surroundings
 from training.synthesis import paint, random_shape, supervoxel
 from training.volumes import LabelledVolume, VolumeStore
 from training.windows import cut_windows
@@ -35,7 +36,7 @@ class Sample:
             edge, and nobody knows whether the object does.
         prompts: a box, or a first click.
         elsewhere: in cells, where the user clicks on other objects once this one is clicked on.
-        mask: (D, H, W) bool, a given earlier mask, or None.
+        around: of a close look, the window in which the object was first looked at, or None.
         cell: edge lengths of a cell in voxels.
         wide: whether it is a first look at a whole volume, which is over after its round.
         source: where the object comes from, for the log.
@@ -46,7 +47,7 @@ class Sample:
     inside: Tensor
     prompts: WindowPrompts
     elsewhere: tuple[Point, ...]
-    mask: Tensor | None
+    around: Surroundings | None
     cell: Point
     wide: bool
     source: str
@@ -156,19 +157,25 @@ class WindowDataset:
             image = change_intensities(image, self._config, chance)
         return image, mask, inside
 
+    def _surroundings(self, plan: Plan, around: Plan) -> Surroundings:
+        """The window that a plan's one lies in, its intensities changed alike."""
+        images, shares, inside = cut_windows(self.store, [around])
+        chance = Chance(plan.seed, images.device)
+        image, _, inside_one = self._task(around, images[0], shares[0], inside[0], chance)
+        return Surroundings(image, inside_one, *plan.within(around))
+
     def _prompted(
         self, plan: Plan, image: Tensor, target: Tensor, inside: Tensor, chance: Chance
     ) -> Sample:
-        """Add the first prompts, and the mask that a close look begins with."""
+        """Add the first prompts, and what a close look lies in."""
         source = self.store.volumes[plan.volume].source
         if plan.kind in ("supervoxel", "shape"):
             source = f"Synthetic_{plan.kind}"
         elsewhere = _outside(target, plan.elsewhere)
+        around = None if plan.around is None else self._surroundings(plan, plan.around)
         sample = Sample(
-            image, target, inside, WindowPrompts(), elsewhere, None, plan.cell, plan.wide, source
+            image, target, inside, WindowPrompts(), elsewhere, around, plan.cell, plan.wide, source
         )
-        if plan.zoomed:
-            sample.mask = perturb_mask(target, chance) & inside
         if plan.boxed:
             low, high, middle = plan.box or challenge_box(target.cpu().numpy(), plan.padding)
             if chance.happens(self._config.sloppy_box):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inference.model.refiner import Refiner, RefinerConfig, with_all_channels
+from inference.model.refiner import CHANNELS, Refiner, RefinerConfig, with_all_channels
 from inference.model.sam_med3d import SamMed3D, SamMed3DConfig, load_sam_med3d
 from inference.model.weights import find_weights, read_weights, split_prefix
 
@@ -112,6 +112,8 @@ def initialise(
                     f"{path}: its {field} is {theirs!r}, the network's {ours!r}: its tensors would "
                     f"compute something else; accepted: a network with {field} {theirs!r}"
                 )
+    if isinstance(model, Refiner) and isinstance(config, RefinerConfig):
+        state = _deaf(state) if model.config.coarse and not config.coarse else state
     own = model.state_dict()
     allowed = [name for name in {*own, *state} if name.startswith(tuple(new))] if new else []
     fitting = [n for n in own if n in state and state[n].shape == own[n].shape]
@@ -139,6 +141,13 @@ def initialise(
         for name in fitting:
             own[name].copy_(state[name])  # a state dict's tensors are the network's own
     return fresh
+
+
+def _deaf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A refiner's tensors without what chance left where it never saw a first pass's logits."""
+    stem = state["stem.weight"].clone()
+    stem[:, CHANNELS.index("coarse_logits")] = 0
+    return {**state, "stem.weight": stem}
 
 
 def _read_network(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ class Plan:
         box: in cells: lower edges, upper edges, middle slice; None where the box must be taken
             from the mask.
         padding: of a box taken from the mask, in cells.
-        zoomed: whether a mask is given, the window showing a part of the object.
+        around: of a close look at a part of the object: the first look at all of it.
         wide: whether it is a first look at the whole volume, which inference takes but once.
         elsewhere: (n, 3) in cells, where the user clicks on other objects.
         others: (n, 2, 3) in cells, lower and upper edges of other objects' boxes.
@@ -64,11 +65,20 @@ class Plan:
     boxed: bool
     box: tuple[Point, Point, float] | None
     padding: Point
-    zoomed: bool
+    around: Plan | None
     wide: bool
     elsewhere: NDArray[np.float64]
     others: NDArray[np.float64]
     seed: int
+
+    def within(self, around: Plan) -> tuple[Point, Point]:
+        """Where the first cell lies in the cells of a window with parallel axes, and their size."""
+        onto = np.linalg.inv(around.scale @ around.turn)
+        size = np.diag(onto @ self.scale @ self.turn) * (around.edge / self.edge)
+        centre = (onto @ (self.origin - around.origin) + 1) * (around.edge / 2) - 0.5
+        z, y, x = centre - size * (self.edge - 1) / 2
+        dz, dy, dx = size
+        return (float(z), float(y), float(x)), (float(dz), float(dy), float(dx))
 
 
 class Planner:
@@ -184,16 +194,15 @@ class Planner:
             order = (z, y, x)
         view = View(whole, seen, order, rng)
         made_up = kind in ("supervoxel", "shape")
-        zoomed = wide = False
+        whole_window, wide = None, False
         if config.network == "sam_med3d" and config.sam.windows == "1.5mm":
             window = public_window(view, edge)
         else:
             window = self._window(view, boxed, edge, rng)
             large = max(window.size) > 1.25 * edge
-            refining = config.network == "refiner" and not made_up
-            zoomed = refining and large and rng.random() < config.zoom
-            if zoomed:
-                window = zoomed_window(window, view, edge, rng)
+            refining = config.network == "refiner" and kind == "real"
+            if refining and large and rng.random() < config.zoom:
+                whole_window, window = window, zoomed_window(window, view, edge, rng)
             elif not boxed and not made_up:
                 first, near = _UNBOXED_SHARES
                 share = rng.random()
@@ -202,16 +211,10 @@ class Planner:
                     window = first_look(view, edge, rng)
                 elif share < first + near:
                     window = about_click(view, edge, rng)
-        size = np.array(window.size, float)
-        scale = np.zeros((3, 3))
-        for axis in range(3):
-            scale[order[axis], axis] = size[axis] / 2
-        centre = np.array(window.start) + size / 2 - 0.5
-        origin = np.empty(3)
-        origin[list(order)] = centre
+        scale, origin = _of_window(window, order)
         flips = (rng.random(3) < config.flip) & (not upright)
         turn, bend = np.diag(np.where(flips, -1.0, 1.0)), None
-        warped = not zoomed and rng.random() < config.warp
+        warped = whole_window is None and rng.random() < config.warp
         if warped:
             turn = _rotation(rng) @ turn
             bend = rng.normal(0, 0.035, (3, 4, 4, 4)).astype(np.float32)
@@ -224,7 +227,7 @@ class Planner:
             known = chance.random(len(whole.objects)) < _SEEN_BESIDE
             beside = [o for o, k in zip(whole.objects, known, strict=True) if k and o is not seen]
         cells = _Cells(scale @ turn, origin, edge)
-        return Plan(
+        plan = Plan(
             kind,
             volume,
             0 if made_up else seen.label,
@@ -237,12 +240,17 @@ class Planner:
             boxed,
             box,
             (z, y, x),
-            zoomed,
+            None,
             wide,
             cells.clicks(beside, chance, deepest=not boxed),
             cells.boxes(beside, view, window.cell),
             seed,
         )
+        if whole_window is None:
+            return plan
+        scale, origin = _of_window(whole_window, order)
+        around = dataclasses.replace(plan, scale=scale, origin=origin, cell=whole_window.cell)
+        return dataclasses.replace(plan, around=around)
 
     def _window(self, view: View, boxed: bool, edge: int, rng: np.random.Generator) -> Window:
         """A window about a box: as inference chooses it, with jitter; freer without a box."""
@@ -303,6 +311,18 @@ class _Cells:
         u = (points - self.origin) @ np.linalg.inv(self.matrix).T
         places: NDArray[np.float64] = (u + 1) * (self.edge / 2) - 0.5
         return places
+
+
+def _of_window(
+    window: Window, order: tuple[int, int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``scale`` and ``origin`` of a plan's window, the volume's axis of each axis given."""
+    size = np.array(window.size, float)
+    scale, origin = np.zeros((3, 3)), np.empty(3)
+    for axis in range(3):
+        scale[order[axis], axis] = size[axis] / 2
+    origin[list(order)] = np.array(window.start) + size / 2 - 0.5
+    return scale, origin
 
 
 def _rotation(rng: np.random.Generator) -> NDArray[np.float64]:

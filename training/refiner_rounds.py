@@ -19,6 +19,7 @@ from training.config import Config
 from training.dataset import Sample, WindowDataset
 from training.losses import dice_score, segmentation_loss
 from training.scores import Scores
+from training.surroundings import Surroundings
 
 _SHAPE = CHANNELS.index("ellipsoid")
 #: Log-odds at the ellipsoid's centre, and everywhere, that draw a poor first mask towards it.
@@ -33,7 +34,7 @@ class _Place:
 
     number: int  # of the window
     sample: Sample
-    mask: Tensor | None
+    mask: Tensor | None  # in the first window, of a close look as well
     left: int  # rounds, the next one included
     round: int
 
@@ -88,22 +89,41 @@ class RefinerRounds:
         places = [self._pool[slot] for slot in row]
         images = torch.stack([p.sample.image for p in places])
         targets = torch.stack([p.sample.target for p in places])
-        masks = torch.stack(
-            [torch.zeros_like(p.sample.target) if p.mask is None else p.mask for p in places]
-        )
-        known = masks.flatten(1).any(1).tolist()
-        prompts = [p.sample.prompts for p in places]
-        with torch.autocast(images.device.type, enabled=False):  # as inference makes them
-            channels = refiner_channels(images, prompts, masks.float(), known)
+        first = self._first_pass([p for p in places if p.sample.around is not None])
+        masks, coarse = [], torch.zeros_like(images)
+        for place, logits in zip(places, coarse, strict=True):
+            sample, mask = place.sample, place.mask
+            if sample.around is not None:
+                seen = sample.around.shown(first[place.number], edge)
+                mask = (seen > 0) & sample.inside
+                if self._config.refiner.coarse:
+                    logits.copy_(seen)
+            masks.append(torch.zeros_like(sample.target) if mask is None else mask)
+        channels = _channels(images, [p.sample.prompts for p in places], masks, coarse)
         # Beyond the volume nothing is asked of the network, and nothing it says there counts.
         beyond = ~torch.stack([p.sample.inside for p in places])
         logits = self._network(channels).float().masked_fill(beyond[:, None], _ABSENT)
         losses = segmentation_loss(logits, targets[:, None].float(), self._config)
         said = logits.detach()[:, 0]
         shape = channels[:, _SHAPE].masked_fill(beyond, _ABSENT)
-        self._advance(places, said, targets, shape, scores)
+        self._advance(places, said, targets, shape, first, scores)
         self.samples = {"image": images, "target": targets, "mask": said > 0}
         return losses.mean()
+
+    def _first_pass(self, places: list[_Place]) -> dict[int, Tensor]:
+        """Logits (D, H, W) in the first windows of close looks, by number of the window."""
+        if not places:
+            return {}
+        around = [p.sample.around for p in places if p.sample.around is not None]
+        prompts = [a.prompts(p.sample.prompts) for a, p in zip(around, places, strict=True)]
+        images = torch.stack([a.image for a in around])
+        masks = [
+            torch.zeros_like(a.inside) if p.mask is None else p.mask
+            for a, p in zip(around, places, strict=True)
+        ]
+        with torch.no_grad():
+            logits = self._network(_channels(images, prompts, masks)).float()[:, 0]
+        return {p.number: one for p, one in zip(places, logits, strict=True)}
 
     def _fill(self, row: list[int], edge: int, dice: Mapping[str, float]) -> None:
         """Draw objects for the places of those that have left."""
@@ -117,13 +137,13 @@ class RefinerRounds:
         if not empty:
             return
         numbers = [self._drawn[slot] * self._total + slot for slot in empty]
-        samples = self._dataset.draw(numbers, edge, dice=dice)
+        with torch.autocast(self._dataset.store.device.type, enabled=False):
+            samples = self._dataset.draw(numbers, edge, dice=dice)
         for slot, number, sample in zip(empty, numbers, samples, strict=True):
             self._drawn[slot] += 1
             rng = np.random.default_rng((self._config.seed, 2, number))
             rounds = 1 if sample.wide else int(rng.integers(1, self._config.rounds + 1))
-            first = 0 if sample.prompts.box and sample.mask is None else 1
-            self._pool[slot] = _Place(number, sample, sample.mask, rounds, first)
+            self._pool[slot] = _Place(number, sample, None, rounds, 0 if sample.prompts.box else 1)
 
     def _advance(
         self,
@@ -131,6 +151,7 @@ class RefinerRounds:
         logits: Tensor,
         targets: Tensor,
         shape: Tensor,
+        first: Mapping[int, Tensor],
         scores: Scores,
     ) -> None:
         """Score a round, and make the mask and the click that the next one begins with."""
@@ -158,6 +179,9 @@ class RefinerRounds:
             sample = place.sample
             scores.add(sample.source, sample.prompts.box is not None, place.round, score)
             place.mask = mask
+            if sample.around is not None:
+                before = (first[place.number] > 0) & sample.around.inside
+                place.mask = sample.around.taught(before, mask) & sample.around.inside
             place.left -= 1
             place.round += 1
             if click is None:
@@ -188,6 +212,9 @@ class RefinerRounds:
                 continue
             # Shared tensors of a batch would each be saved whole.
             sample = {name: _own(getattr(place.sample, name)) for name in _SAVED}
+            if place.sample.around is not None:
+                around = vars(place.sample.around)
+                sample["around"] = {name: _own(value) for name, value in around.items()}
             pool[slot] = {
                 "number": place.number,
                 "sample": sample,
@@ -219,11 +246,27 @@ class RefinerRounds:
                 if slot not in self._drawn:
                     continue
                 values = {k: _moved(v, device) for k, v in entry["sample"].items()}
+                if values["around"] is not None:
+                    around = {k: _moved(v, device) for k, v in values["around"].items()}
+                    values["around"] = Surroundings(**around)
                 sample = Sample(prompts=WindowPrompts(**entry["prompts"]), **values)
                 mask = _moved(entry["mask"], device)
                 self._pool[slot] = _Place(
                     entry["number"], sample, mask, entry["left"], entry["round"]
                 )
+
+
+def _channels(
+    images: Tensor,
+    prompts: list[WindowPrompts],
+    masks: list[Tensor],
+    coarse: Tensor | None = None,
+) -> Tensor:
+    """The network's input, made as inference makes it: in float32, empty masks unknown."""
+    shown = torch.stack(masks)
+    known = shown.flatten(1).any(1).tolist()
+    with torch.autocast(images.device.type, enabled=False):
+        return refiner_channels(images, prompts, shown.float(), known, coarse)
 
 
 def _own(value: Any) -> Any:

@@ -143,11 +143,14 @@ def public_window(view: View, edge: int) -> Window:
 
 
 def zoomed_window(window: Window, view: View, edge: int, rng: np.random.Generator) -> Window:
-    """A finer window about a random surface voxel, as the second pass sees it."""
+    """A finer window within another, about a random surface voxel, as the second pass sees it."""
     surface = view.surface
     point = surface[rng.integers(len(surface))].tolist()
     share = float(rng.uniform(0.3, 0.75))
     edges = [round(min(max(s * share, edge), s)) for s in window.size]
-    low = [round(p - e * float(rng.uniform(0.25, 0.75))) for p, e in zip(point, edges, strict=True)]
+    low = [
+        min(max(round(p - e * float(rng.uniform(0.25, 0.75))), a), b - e)
+        for p, e, a, b in zip(point, edges, window.start, window.stop, strict=True)
+    ]
     high = [a + e for a, e in zip(low, edges, strict=True)]
     return Window((low[0], low[1], low[2]), (high[0], high[1], high[2]), window.shape)

@@ -1,7 +1,7 @@
 """The refiner: a prompt-conditioned residual 3D network at window resolution.
 
-It sees the image, the prompts, the previous mask, an intensity-likelihood map and (where there is
-one) the coarse SAM-Med3D mask as input channels, after nnInteractive (Isensee et al. 2025), and
+It sees the image, the prompts, the previous mask, an intensity-likelihood map and, in a second
+pass, the logits of the first one as input channels, after nnInteractive (Isensee et al. 2025), and
 corrects the likelihood map instead of starting from nothing: with an untrained head its output is
 the training-free segmentation.
 """
@@ -38,6 +38,7 @@ CHANNELS = (
 _LIKELIHOOD = CHANNELS.index("likelihood")
 _PREVIOUS = CHANNELS.index("previous_mask")
 _SHAPE = CHANNELS.index("ellipsoid")
+_COARSE = CHANNELS.index("coarse_logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ class RefinerConfig:
         channels: width of each resolution level, finest (half the window's resolution) first.
         blocks: residual blocks of each level on the way down; one each on the way up.
         window: edge of the training window in grid cells; any multiple of ``stride`` runs.
-        coarse: whether training showed it coarse logits; else their channel must stay zero.
+        coarse: whether training showed it the first pass's logits in the second one; else their
+            channel must stay zero.
         without: names of :data:`CHANNELS` that it is blind to (to see what they are worth).
 
     Raises:
@@ -146,8 +148,9 @@ class Refiner(nn.Module):
         self.head = nn.Conv3d(widths[0], 8, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
-        #: weights of likelihood map, previous mask and shape prior in the output's starting point
-        self.base = nn.Parameter(torch.tensor([2.0, 1.0, 2.0]))
+        #: weights in the output's starting point of likelihood map, previous mask, shape prior and
+        #: the first pass's logits
+        self.base = nn.Parameter(torch.tensor([2.0, 1.0, 2.0, 1.0]))
 
     def forward(self, channels: Tensor) -> Tensor:
         """Segment windows.
@@ -190,6 +193,7 @@ class Refiner(nn.Module):
             + base[0] * channels[:, _LIKELIHOOD : _LIKELIHOOD + 1].float()
             + base[1] * channels[:, _PREVIOUS : _PREVIOUS + 1].float()
             + base[2] * channels[:, _SHAPE : _SHAPE + 1].float()
+            + base[3] * channels[:, _COARSE : _COARSE + 1].float()
         )
 
 
@@ -203,6 +207,9 @@ def with_all_channels(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if stem is not None and stem.ndim == 5 and stem.shape[1] < len(CHANNELS):
         lacking = len(CHANNELS) - stem.shape[1]
         completed["stem.weight"] = F.pad(stem, (0, 0, 0, 0, 0, 0, 0, lacking))
+    base = completed.get("base")
+    if base is not None and base.shape == (3,):
+        completed["base"] = F.pad(base, (0, 1))
     return completed
 
 

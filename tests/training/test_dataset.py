@@ -100,7 +100,7 @@ class _Anything(torch.nn.Module):
 
 def test_what_is_said_beyond_the_volume_does_not_count(folder: Path) -> None:
     """No loss, no gradient, no mask and no click comes from there; real objects end there, too."""
-    dataset = _dataset(folder, no_box=1.0, synthetic=0.3, supervoxels=0.3, warp=0.5)
+    dataset = _dataset(folder, no_box=1.0, synthetic=0.3, supervoxels=0.3, warp=0.5, zoom=0.0)
     row = list(range(24))
     for sample in dataset.draw(row, 16):
         assert not (sample.target & ~sample.inside).any()
@@ -127,19 +127,7 @@ def test_made_up_shapes_are_known_everywhere(folder: Path) -> None:
         assert sample.inside.all()
 
 
-def test_a_close_look_begins_with_a_mask(folder: Path) -> None:
-    dataset = _dataset(folder, no_box=0.0, synthetic=0.0, zoom=1.0)
-    samples = dataset.draw(range(20), 8)  # balls of 16 to 20 voxels: all are large
-    overlaps = []
-    for sample in samples:
-        assert sample.mask is not None
-        assert not (sample.mask & ~sample.inside).any()
-        both = (sample.mask & sample.target).sum()
-        overlaps.append(float(2 * both / (sample.mask.sum() + sample.target.sum())))
-    assert 0.5 < np.mean(overlaps) < 0.99
-
-
-def test_some_of_the_masks_that_close_looks_begin_with_are_poor() -> None:
+def test_some_of_the_masks_made_worse_are_poor() -> None:
     target = torch.zeros(32, 32, 32, dtype=torch.bool)
     target[8:24, 8:24, 8:24] = True
     layer = torch.zeros_like(target)

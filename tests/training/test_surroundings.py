@@ -1,0 +1,155 @@
+"""Close looks in training: they lie in a first window, whose pass they follow as in inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from inference.model.refiner import CHANNELS
+from inference.prompts import WindowPrompts
+from tests.training.balls import config, write_balls
+from training.dataset import Sample, WindowDataset
+from training.refiner_rounds import RefinerRounds
+from training.scores import Scores
+from training.surroundings import Surroundings
+from training.volumes import load_folder
+
+_QUIET = ("gamma", "inversion", "low_resolution", "blur", "shading", "noise", "synthetic")
+_COARSE, _MASK = (CHANNELS.index(name) for name in ("coarse_logits", "previous_mask"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Balls whose brightness tells where they are, so that windows can be compared."""
+    write_balls(tmp_path)
+    z, y, x = np.indices((30, 40, 50))
+    for path in tmp_path.glob("*.npz"):
+        with np.load(path) as arrays:
+            kept = dict(arrays)
+        kept["imgs"] = (2 * z + 3 * y + x).astype(np.uint8)
+        np.savez(path, **kept)
+    return tmp_path
+
+
+def _close_looks(folder: Path, **values: Any) -> list[tuple[Sample, Surroundings]]:
+    settings = config(**{**dict.fromkeys(_QUIET, 0.0), "no_box": 0.0, "zoom": 1.0, **values})
+    samples = WindowDataset(load_folder(folder), settings).draw(range(30), 16)
+    return [(s, s.around) for s in samples if s.around is not None]
+
+
+def test_a_close_look_shows_a_part_of_its_surroundings(folder: Path) -> None:
+    """The same places, however the window is flipped and its axes permuted."""
+    looks = _close_looks(folder, permute=0.7)
+    assert len(looks) == 30, "all balls are large for windows of 16 cells"
+    for sample, around in looks:
+        both = sample.inside & (around.shown(around.inside.float(), 16) == 1)
+        assert both.any()
+        seen, shown = sample.image[both], around.shown(around.image, 16)[both]
+        # Intensities are bytes, 0..245, and a window in which they are scaled spans 60 and more.
+        assert (seen - shown).abs().max() < 3
+        for first, size in zip(around.first, around.size, strict=True):
+            assert 0 < size <= 1 and first > -0.6 and first + 15 * size < 15.6
+
+
+def test_intensities_are_changed_alike(folder: Path) -> None:
+    for sample, around in _close_looks(folder, gamma=1.0, inversion=0.5):
+        both = sample.inside & (around.shown(around.inside.float(), 16) == 1)
+        pair = torch.stack([sample.image[both], around.shown(around.image, 16)[both]])
+        assert torch.corrcoef(pair)[0, 1] > 0.95
+
+
+def test_prompts_mean_the_same_places_in_both_windows(folder: Path) -> None:
+    """A field of each window's own coordinates, looked up in the other one, tells them."""
+    for _, around in _close_looks(folder)[:5]:
+        close = WindowPrompts(
+            ((2.0, 3.0, 4.0), (9.0, 8.0, 7.0)), 5.0, (((3.0, 4.0, 5.0), True),), ((6.0, 7.0, 8.0),)
+        )
+        moved = around.prompts(close)
+        assert moved.box is not None
+        for axis in range(3):
+            field = torch.arange(16.0).reshape([-1 if a == axis else 1 for a in range(3)])
+            shown = around.shown(field.expand(16, 16, 16), 16)
+            assert moved.clicks[0][0][axis] == pytest.approx(float(shown[3, 4, 5]), abs=1e-4)
+            assert moved.clicks[0][1]
+            assert moved.elsewhere[0][axis] == pytest.approx(float(shown[6, 7, 8]), abs=1e-4)
+            for corner, cell in zip(moved.box, ((2, 3, 4), (9, 8, 7)), strict=True):
+                assert corner[axis] == pytest.approx(float(shown[cell]), abs=1e-4)
+        assert moved.middle == pytest.approx(around.first[0] + 5 * around.size[0])
+
+
+def test_a_close_look_corrects_the_mask_where_it_looks() -> None:
+    image = torch.zeros(16, 16, 16)
+    around = Surroundings(image, image == 0, (3.75, 3.75, 3.75), (0.5, 0.5, 0.5))  # cells 4 to 11
+    before = torch.zeros(16, 16, 16, dtype=torch.bool)
+    before[:8] = True
+    close = torch.zeros(16, 16, 16, dtype=torch.bool)
+    close[:, :8] = True
+    after = around.taught(before, close)
+    expected = before.clone()
+    expected[4:12, 4:12, 4:12] = False
+    expected[4:12, 4:8, 4:12] = True
+    assert torch.equal(after, expected)
+
+
+class _Recorder(torch.nn.Module):
+    """Says what is bright, and keeps what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv3d(len(CHANNELS), 1, 1)
+        torch.nn.init.zeros_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.layer.weight[0, CHANNELS.index("image")] = 3.0
+        self.shown: list[torch.Tensor] = []
+
+    def forward(self, channels: torch.Tensor) -> torch.Tensor:
+        self.shown.append(channels)
+        logits: torch.Tensor = self.layer(channels)
+        return logits
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_close_look_follows_a_first_pass(folder: Path, coarse: bool) -> None:
+    """Of its mask, and where the network is to hear them of its logits."""
+    shape = {"channels": [16, 16], "blocks": [1, 1], "window": 16, "coarse": coarse}
+    settings = config(no_box=0.0, zoom=1.0, synthetic=0.0, no_click=0.0, refiner=shape, rounds=6)
+    dataset, row, network = (
+        WindowDataset(load_folder(folder), settings),
+        list(range(8)),
+        _Recorder(),
+    )
+    rounds = RefinerRounds(network, dataset, settings, [row], len(row))
+    scores = Scores(dataset.sources, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = rounds.loss(0, 0, 0.0, {}, scores)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert network.layer.weight.grad is not None and network.layer.weight.grad.abs().sum() > 0
+    places = [rounds._pool[slot] for slot in row]
+    first, second = network.shown
+    assert len(first) == len(second) == 8
+    assert not first[:, _MASK].any() and not first[:, _COARSE].any()
+    for i, place in enumerate(places):
+        around = place.sample.around
+        assert around is not None and place.mask is not None
+        logits = around.shown(network.layer(first[i : i + 1].detach())[0, 0].detach(), 16)
+        sure = place.sample.inside & (logits.abs() > 0.1)  # bfloat16 may round the others over 0
+        assert torch.equal(second[i, _MASK][sure] > 0, logits[sure] > 0)
+        expected = (logits / 3).clamp(-2, 2) if coarse else torch.zeros_like(logits)
+        torch.testing.assert_close(second[i, _COARSE].detach(), expected, atol=0.05, rtol=0)
+        assert place.mask.shape == around.image.shape and not (place.mask & ~around.inside).any()
+    going_on = [i for i in row if places[i].left > 0]
+    masks = [places[i].mask for i in row]
+    clicks = [places[i].sample.prompts.clicks for i in row]
+    rounds.loss(0, 1, 0.0, {}, scores)
+    third = network.shown[2]
+    assert len(going_on) > 4
+    for i in going_on:
+        mask = masks[i]
+        assert mask is not None and len(clicks[i]) == 1
+        if mask.any():
+            assert torch.equal(third[i, _MASK] > 0, mask), "the first pass knows the last mask"

@@ -1,0 +1,78 @@
+"""The window in which an object was first looked at, seen from a close look at a part of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from inference.prompts import WindowPrompts
+
+Point = tuple[float, float, float]
+
+
+@dataclass
+class Surroundings:
+    """A window with parallel axes about a close look at a part of what it shows.
+
+    Attributes:
+        image: (D, H, W) float32 intensities of any scale.
+        inside: (D, H, W) bool, which cells lie in the volume.
+        first: (z, y, x) of the close look's first cell in the cells of this window.
+        size: (z, y, x) edges of the close look's cells, in those of this window.
+    """
+
+    image: Tensor
+    inside: Tensor
+    first: Point
+    size: Point
+
+    def prompts(self, close: WindowPrompts) -> WindowPrompts:
+        """The close look's prompts in the cells of this window."""
+
+        def moved(point: Point) -> Point:
+            z, y, x = (a + p * s for p, a, s in zip(point, self.first, self.size, strict=True))
+            return z, y, x
+
+        def edges(low: Point, high: Point) -> tuple[Point, Point]:
+            return moved(low), moved(high)
+
+        return dataclasses.replace(
+            close,
+            box=None if close.box is None else edges(*close.box),
+            middle=moved((close.middle, 0, 0))[0],
+            clicks=tuple((moved(position), positive) for position, positive in close.clicks),
+            elsewhere=tuple(moved(position) for position in close.elsewhere),
+            others=tuple(edges(*one) for one in close.others),
+        )
+
+    def shown(self, values: Tensor, edge: int) -> Tensor:
+        """(D, H, W) values of this window, interpolated at the close look's ``edge``^3 cells."""
+        axes = []
+        for n, first, size in zip(values.shape, self.first, self.size, strict=True):
+            cells = first + size * torch.arange(edge, device=values.device, dtype=torch.float32)
+            axes.append((2 * cells + 1) / n - 1)
+        return _sampled(values, axes)
+
+    def taught(self, mask: Tensor, close: Tensor) -> Tensor:
+        """A (D, H, W) bool mask of this window, corrected by the close look's."""
+        axes, seen = [], torch.ones_like(mask)
+        for axis, n in enumerate(mask.shape):
+            edge = close.shape[axis]
+            cells = torch.arange(n, device=mask.device, dtype=torch.float32)
+            cells = (cells - self.first[axis]) / self.size[axis]
+            within = (cells > -0.5) & (cells < edge - 0.5)
+            seen &= within.reshape([-1 if a == axis else 1 for a in range(3)])
+            axes.append((2 * cells + 1) / edge - 1)
+        return torch.where(seen, _sampled(close.float(), axes) > 0.5, mask)
+
+
+def _sampled(values: Tensor, axes: list[Tensor]) -> Tensor:
+    """(D, H, W) values, interpolated where axes -1..1, edge to edge, say; beyond, its edge's."""
+    z, y, x = torch.meshgrid(*axes, indexing="ij")
+    grid = torch.stack((x, y, z), -1)[None]
+    moved = F.grid_sample(values[None, None], grid, padding_mode="border", align_corners=False)
+    return moved[0, 0]
