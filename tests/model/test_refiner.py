@@ -28,6 +28,19 @@ def test_weights_from_before_a_channel_ignore_it(tmp_path: Path) -> None:
     assert old(seen).equal(expected) and not refiner(seen).equal(expected)
 
 
+def test_weights_from_before_a_second_pass_start_from_none_of_its_logits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)).eval()
+    seen = torch.randn(1, len(CHANNELS), 8, 8, 8)
+    state = {f"refiner.{n}": t for n, t in refiner.state_dict().items()}
+    state["refiner.base"] = state["refiner.base"][:3].contiguous()
+    path = tmp_path / "old.safetensors"
+    save_weights(path, state, {"refiner": refiner.config.to_json()})
+    old, _ = load_refiners(path)
+    coarse = seen[:, [CHANNELS.index("coarse_logits")]]
+    torch.testing.assert_close(refiner(seen), old(seen) + coarse)
+
+
 def test_a_refiner_may_be_blind_to_a_channel() -> None:
     torch.manual_seed(0)
     config = RefinerConfig(channels=(8, 8), blocks=(1, 1), without=("likelihood",))

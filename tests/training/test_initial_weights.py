@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from inference.model.refiner import Refiner, RefinerConfig
+from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
 from inference.model.sam_med3d import CONFIGS, SamMed3D, SamMed3DConfig
 from inference.model.weights import WEIGHTS_DIR, save_weights
 from training.initial_weights import initialise, read_checkpoint
@@ -71,6 +71,19 @@ def test_a_network_of_fewer_channels_is_blind_to_the_new_one(tmp_path: Path, suf
     assert initialise(model, path) == []
     assert model.stem.weight[:, :9].equal(state["stem.weight"])
     assert not model.stem.weight[:, 9:].any() and model.stem.weight.shape[1] == 11
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_what_never_heard_a_first_pass_begins_deaf_to_it(tmp_path: Path, heard: bool) -> None:
+    before = noisy(Refiner(dataclasses.replace(TINY, coarse=heard)))
+    model = Refiner(dataclasses.replace(TINY, coarse=True))
+    path = tmp_path / "before.safetensors"
+    named = {f"refiner.{n}": t for n, t in before.state_dict().items()}
+    save_weights(path, named, {"refiner": before.config.to_json()})
+    initialise(model, path)
+    heard_by = model.stem.weight[:, CHANNELS.index("coarse_logits")]
+    assert bool(heard_by.any()) == heard
+    assert model.stem.weight[:, 2:].equal(before.stem.weight[:, 2:])
 
 
 def test_the_default_weights_are_a_start() -> None:
