@@ -7,7 +7,8 @@ The file holds the averaged network in half precision, with its configuration an
 as metadata; equal checkpoints give equal bytes. Its SHA-256 is listed in the ``SHA256SUMS`` beside
 it. Checkpoints of a refiner and of a SAM-Med3D make a bundle of both; several of one kind, runs
 that went on from each other, make the mean of their weights (Wortsman et al. 2022, "Model soups").
-``--unboxed`` adds a refiner that objects without a box have to themselves.
+``--unboxed`` adds a refiner that objects without a box have to themselves. Either takes a weights
+file, too, for a network that stays as it is.
 Figures are taken from the summaries of evaluations of exactly this file
 (``training/model_card.py``).
 """
@@ -27,7 +28,7 @@ from torch import Tensor
 from inference.model.refiner import load_refiners
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import save_weights, sha256_of
-from training.initial_weights import TrainedNetwork, read_checkpoint
+from training.initial_weights import TrainedNetwork, read_bundle, read_checkpoint
 from training.model_card import Figures, read_figures, write_figures
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
@@ -43,11 +44,13 @@ def export(
     """Store exponential moving averages in half precision, with what they are and how they came.
 
     Args:
-        checkpoints: written by training; those of a kind are averaged, and the last one's history
-            is told with that of the others under ``mean_with``.
+        checkpoints: written by training, or weights files for their refiner; those of a kind are
+            averaged, and the last one's history is told with that of the others under
+            ``mean_with``.
         out: ends in ``.safetensors``; its folder exists. Replaced only by a whole file.
         notes: further metadata, such as the data.
-        unboxed: checkpoints of the refiner for objects without a box, averaged likewise.
+        unboxed: checkpoints of the refiner for objects without a box, or weights files for theirs,
+            averaged likewise.
 
     Raises:
         ValueError: a file is no checkpoint, two of one kind are of different networks, one for
@@ -56,7 +59,8 @@ def export(
     networks: dict[str, list[TrainedNetwork]] = {}
     given = [*((path, False) for path in checkpoints), *((path, True) for path in unboxed)]
     for path, without_box in given:
-        network = read_checkpoint(path)
+        bundle = path.suffix == ".safetensors"
+        network = read_bundle(path, without_box) if bundle else read_checkpoint(path)
         kind = network.kind
         if without_box:
             if kind != "refiner":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from inference.model.refiner import CHANNELS, Refiner, RefinerConfig, with_all_channels
 from inference.model.sam_med3d import SamMed3D, SamMed3DConfig, load_sam_med3d
-from inference.model.weights import find_weights, read_weights, split_prefix
+from inference.model.weights import find_weights, read_metadata, read_weights, split_prefix
 
 _CONFIGS: dict[str, type[RefinerConfig] | type[SamMed3DConfig]] = {
     "refiner": RefinerConfig,
@@ -78,6 +78,31 @@ def read_checkpoint(path: Path) -> TrainedNetwork:
     counts = {"step": "steps", "windows": "windows", "minutes": "minutes"}
     training |= {name: state[key] for key, name in counts.items() if key in state}
     return TrainedNetwork(kinds[0], config, dict(state["average"]), training)
+
+
+def read_bundle(path: Path, unboxed: bool = False) -> TrainedNetwork:
+    """Read a refiner of a weights file of ours, as it was exported.
+
+    Args:
+        path: a ``.safetensors`` file.
+        unboxed: the one for objects without a box.
+
+    Raises:
+        ValueError: the file is none of ours, is damaged or holds no such refiner.
+        OSError: it cannot be opened.
+    """
+    state, metadata = read_weights(path)
+    part = "unboxed" if unboxed else "refiner"
+    if part not in metadata:
+        raise ValueError(
+            f"{path}: no {part} in it (metadata {sorted(metadata)}); accepted: a bundle with "
+            f"{part!r} in its metadata, or a training checkpoint"
+        )
+    tensors = with_all_channels(split_prefix(state, f"{part}."))
+    history = metadata.get(f"{part}_training", metadata.get("training", "{}"))
+    config = RefinerConfig.from_json(metadata[part])
+    full = {name: tensor.float() for name, tensor in tensors.items()}
+    return TrainedNetwork("refiner", config, full, json.loads(history))
 
 
 def initialise(
@@ -167,12 +192,5 @@ def _read_network(
     if kind == "sam":
         network_of_file: nn.Module = load_sam_med3d(path)
         return network_of_file.config, network_of_file.state_dict()  # type: ignore[return-value]
-    state, metadata = read_weights(path)
-    if "refiner" not in metadata:
-        raise ValueError(
-            f"{path}: no refiner in it (metadata {sorted(metadata)}); accepted: a bundle with "
-            "'refiner' in its metadata, or a training checkpoint"
-        )
-    part = "unboxed" if unboxed and "unboxed" in metadata else "refiner"
-    tensors = with_all_channels(split_prefix(state, f"{part}."))
-    return RefinerConfig.from_json(metadata[part]), tensors
+    held = read_bundle(path, unboxed and "unboxed" in read_metadata(path))
+    return held.config, held.state

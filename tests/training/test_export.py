@@ -48,6 +48,27 @@ def test_the_average_is_exported_in_half_precision(tmp_path: Path, checkpoint: P
     assert out.read_bytes() == first
 
 
+def test_a_network_of_a_weights_file_stays_as_it_is(tmp_path: Path, checkpoint: Path) -> None:
+    """Its tensors and its history, beside a new network or in a mean with one."""
+    others = [write_checkpoint(tmp_path / f"{i}.pt", noisy(Refiner(TINY))) for i in range(2)]
+    before, out = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
+    assert run("--checkpoint", others[0], "--unboxed", others[1], "--out", before) == 0
+    assert run("--checkpoint", checkpoint, "--unboxed", before, "--out", out) == 0
+    (boxed, unboxed), (_, kept) = load_refiners(out), load_refiners(before)
+    assert unboxed is not None and kept is not None
+    average = torch.load(checkpoint, weights_only=True)["average"]
+    for name, tensor in kept.state_dict().items():
+        assert torch.equal(unboxed.state_dict()[name], tensor)
+        assert torch.equal(boxed.state_dict()[name], average[name].half().float())
+    key = "unboxed_training"
+    assert read_metadata(out)[key] == read_metadata(before)[key]
+    assert run("--checkpoint", before, "--checkpoint", checkpoint, "--out", out) == 0
+    first = load_refiners(before)[0].state_dict()["stem.weight"]
+    mean = load_refiners(out)[0].state_dict()["stem.weight"]
+    torch.testing.assert_close(mean, (first + average["stem.weight"]) / 2, atol=1e-3, rtol=0)
+    assert run("--checkpoint", checkpoint, "--unboxed", out, "--out", before) == 1
+
+
 def test_the_hash_is_listed_once(tmp_path: Path, checkpoint: Path) -> None:
     """Also where an older file of the name is listed: that line would refuse the new file."""
     sums = tmp_path / "SHA256SUMS"
@@ -137,7 +158,8 @@ def test_what_cannot_be_exported_is_refused(
         (["--checkpoint", nan, "--out", out], "stem.weight holds NaN, infinity or more than 65504"),
         (["--checkpoint", checkpoint, "--checkpoint", wider, "--out", out], "another refiner than"),
         (["--checkpoint", checkpoint, "--out", tmp_path / "w.pt"], "named *.safetensors"),
-        (["--checkpoint", out, "--out", out], "accepted: a checkpoint of training"),
+        (["--checkpoint", tmp_path / "SHA256SUMS", "--out", out], "not a checkpoint"),
+        (["--checkpoint", checkpoint, "--unboxed", out, "--out", out], "no unboxed in it"),
         (["--checkpoint", tmp_path / "no.pt", "--out", out], "No such file"),
     ):
         assert run(*words) == 1
