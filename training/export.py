@@ -16,6 +16,7 @@ Figures are taken from the summaries of evaluations of exactly this file
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -25,10 +26,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inference.model.refiner import load_refiners
-from inference.model.sam_med3d import load_sam_med3d
+from inference.model.refiner import RefinerConfig, load_refiners
+from inference.model.sam_med3d import SamMed3DConfig, load_sam_med3d
 from inference.model.weights import save_weights, sha256_of
-from training.initial_weights import TrainedNetwork, read_bundle, read_checkpoint
+from training.initial_weights import TrainedNetwork, deaf, read_bundle, read_checkpoint
 from training.model_card import Figures, read_figures, write_figures
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
@@ -68,7 +69,7 @@ def export(
             kind = "unboxed"
         alike = networks.setdefault(kind, [])
         alike.append(network)
-        if network.config != alike[0].config:
+        if _shape(network) != _shape(alike[0]):
             raise ValueError(f"{path}: another {kind} than the first; accepted: one shape")
         for name, tensor in network.state.items():
             if not (tensor.abs() <= _LARGEST_HALF).all():  # NaN compares false, too
@@ -79,7 +80,10 @@ def export(
     metadata = dict(notes)
     tensors: dict[str, Tensor] = {}
     for kind, alike in networks.items():
-        metadata[kind] = alike[0].config.to_json()
+        # One that hears first passes knows what those that do not know, and goes for all.
+        metadata[kind] = max(alike, key=_hears).config.to_json()
+        heard = any(map(_hears, alike))
+        states = [deaf(one.state) if heard and not _hears(one) else one.state for one in alike]
         # A file with one network has its history under "training".
         key = "training" if len(networks) == 1 else f"{kind}_training"
         *others, training = [dict(network.training) for network in alike]
@@ -87,9 +91,8 @@ def export(
             if "minutes" in run:
                 run["minutes"] = round(run["minutes"], 1)
         metadata[key] = json.dumps(training | ({"mean_with": others} if others else {}))
-        for name in alike[0].state:
-            mean = torch.stack([network.state[name] for network in alike]).mean(0)
-            tensors[f"{kind}.{name}"] = mean
+        for name in states[0]:
+            tensors[f"{kind}.{name}"] = torch.stack([state[name] for state in states]).mean(0)
     trial = out.with_name(f".{os.getpid()}.{out.name}")  # unlisted, so that nothing is compared
     try:
         save_weights(trial, tensors, metadata, dtype=torch.float16)
@@ -100,6 +103,17 @@ def export(
     finally:
         trial.unlink(missing_ok=True)
     list_sha256(out, digest)
+
+
+def _hears(network: TrainedNetwork) -> bool:
+    """Whether a refiner is shown a first pass's logits."""
+    return isinstance(network.config, RefinerConfig) and network.config.coarse
+
+
+def _shape(network: TrainedNetwork) -> RefinerConfig | SamMed3DConfig:
+    """What two networks must share to have a mean."""
+    config = network.config
+    return dataclasses.replace(config, coarse=False) if _hears(network) else config  # type: ignore[call-arg]
 
 
 def list_sha256(path: Path, digest: str) -> None:

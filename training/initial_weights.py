@@ -77,7 +77,10 @@ def read_checkpoint(path: Path) -> TrainedNetwork:
     training: dict[str, Any] = {"config": run}
     counts = {"step": "steps", "windows": "windows", "minutes": "minutes"}
     training |= {name: state[key] for key, name in counts.items() if key in state}
-    return TrainedNetwork(kinds[0], config, dict(state["average"]), training)
+    tensors = dict(state["average"])
+    if kinds[0] == "refiner":
+        tensors = with_all_channels(tensors)
+    return TrainedNetwork(kinds[0], config, tensors, training)
 
 
 def read_bundle(path: Path, unboxed: bool = False) -> TrainedNetwork:
@@ -123,7 +126,8 @@ def initialise(
 
     Raises:
         ValueError: the file holds no such network, other parameters are missing, left over or of
-            another shape, or the file's tensors mean another function (see ``SamMed3DConfig``).
+            another shape, or the file's tensors mean another function (see ``SamMed3DConfig`` and
+            ``RefinerConfig.coarse``).
         FileNotFoundError: there is no such file.
     """
     path = find_weights(path)
@@ -138,7 +142,12 @@ def initialise(
                     f"compute something else; accepted: a network with {field} {theirs!r}"
                 )
     if isinstance(model, Refiner) and isinstance(config, RefinerConfig):
-        state = _deaf(state) if model.config.coarse and not config.coarse else state
+        if config.coarse and not model.config.coarse:
+            raise ValueError(
+                f"{path}: its second pass is shown the first one's logits, the network's is not; "
+                "accepted: a network with coarse true (--set refiner.coarse=true)"
+            )
+        state = deaf(state) if model.config.coarse and not config.coarse else state
     own = model.state_dict()
     allowed = [name for name in {*own, *state} if name.startswith(tuple(new))] if new else []
     fitting = [n for n in own if n in state and state[n].shape == own[n].shape]
@@ -168,8 +177,8 @@ def initialise(
     return fresh
 
 
-def _deaf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A refiner's tensors without what chance left where it never saw a first pass's logits."""
+def deaf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a refiner that never saw a first pass's logits, without what chance left there."""
     stem = state["stem.weight"].clone()
     stem[:, CHANNELS.index("coarse_logits")] = 0
     return {**state, "stem.weight": stem}
@@ -187,8 +196,7 @@ def _read_network(
         else:
             if network.kind != kind:
                 raise ValueError(f"{path}: a checkpoint of {network.kind!r}; accepted: {kind!r}")
-            state = network.state
-            return network.config, with_all_channels(state) if kind == "refiner" else state
+            return network.config, network.state
     if kind == "sam":
         network_of_file: nn.Module = load_sam_med3d(path)
         return network_of_file.config, network_of_file.state_dict()  # type: ignore[return-value]

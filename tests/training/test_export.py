@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.model.refiner import Refiner, load_refiners
+from inference.model.refiner import CHANNELS, Refiner, load_refiners
 from inference.model.sam_med3d import SamMed3D, load_sam_med3d
 from inference.model.weights import read_metadata, sha256_of, verify_weights
 from tests.phantoms import challenge_case, write_npz
@@ -67,6 +67,21 @@ def test_a_network_of_a_weights_file_stays_as_it_is(tmp_path: Path, checkpoint: 
     mean = load_refiners(out)[0].state_dict()["stem.weight"]
     torch.testing.assert_close(mean, (first + average["stem.weight"]) / 2, atol=1e-3, rtol=0)
     assert run("--checkpoint", checkpoint, "--unboxed", out, "--out", before) == 1
+
+
+def test_a_mean_hears_first_passes_if_one_of_its_networks_does(tmp_path: Path) -> None:
+    """What is in that channel of one that does not is chance, and counts as nothing."""
+    networks = [noisy(Refiner(dataclasses.replace(TINY, coarse=c))) for c in (False, True)]
+    paths = [write_checkpoint(tmp_path / f"{i}.pt", one) for i, one in enumerate(networks)]
+    out = tmp_path / "w.safetensors"
+    assert run("--checkpoint", paths[0], "--checkpoint", paths[1], "--out", out) == 0
+    mean, _ = load_refiners(out)
+    assert mean.config.coarse
+    first, second = (torch.load(path, weights_only=True)["average"] for path in paths)
+    first["stem.weight"][:, CHANNELS.index("coarse_logits")] = 0
+    for name, tensor in mean.state_dict().items():
+        expected = (first[name] + second[name]) / 2
+        torch.testing.assert_close(tensor, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_the_hash_is_listed_once(tmp_path: Path, checkpoint: Path) -> None:

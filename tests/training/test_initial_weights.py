@@ -84,15 +84,18 @@ def test_what_never_heard_a_first_pass_begins_deaf_to_it(tmp_path: Path, heard: 
     heard_by = model.stem.weight[:, CHANNELS.index("coarse_logits")]
     assert bool(heard_by.any()) == heard
     assert model.stem.weight[:, 2:].equal(before.stem.weight[:, 2:])
+    if heard:
+        with pytest.raises(ValueError, match="accepted: a network with coarse true"):
+            initialise(Refiner(TINY), path)
 
 
 def test_the_default_weights_are_a_start() -> None:
-    model = Refiner()
+    config = RefinerConfig(coarse=True)
+    model, again = Refiner(config), Refiner(config)
     assert initialise(model, "default") == []
-    again = Refiner()
     initialise(again, WEIGHTS_DIR / "default.safetensors")
     assert equal(model, again)
-    assert not equal(model, Refiner())
+    assert not equal(model, Refiner(config))
 
 
 @pytest.mark.parametrize("kind", ["refiner", "sam"])

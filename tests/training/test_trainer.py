@@ -242,6 +242,7 @@ def test_the_command_line_starts_from_weights_and_a_case_list(
     cases = tmp_path / "cases.txt"
     cases.write_text("CT_balls_1\n", encoding="utf-8")
     settings = ["steps=2", "batch=1", "windows=[[0.0,48]]", "no_box=0.0", "log_steps=1"]
+    settings.append("refiner.coarse=true")  # as the weights
     arguments = ["--data", str(folder), "--out", str(tmp_path / "run"), "--device", "cpu"]
     arguments += ["--cases", str(cases), "--init", str(weights), "--set", *settings]
     assert main(arguments) == 0
