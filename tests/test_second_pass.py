@@ -1,4 +1,4 @@
-"""The second pass: what both passes find together."""
+"""The second pass: what it is shown, and what both passes find together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference.case import Box, ObjectPrompts
-from inference.model.refiner import Refiner, RefinerConfig
+from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
 from inference.segmenter import Segmenter
 
 
@@ -39,3 +39,33 @@ def test_the_first_pass_has_a_third_of_the_say(
     else:
         z, y, x = (48 - start for start in result.start)
         assert result.logits[z, y, x] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_the_second_pass_is_shown_the_logits_of_the_first(
+    monkeypatch: pytest.MonkeyPatch, coarse: bool
+) -> None:
+    """Where it was trained so: 1 in the middle, -9 elsewhere, clamped to 6, in thirds."""
+    seen = []
+
+    def network(self: Segmenter, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
+        seen.append(channels[0, CHANNELS.index("coarse_logits")])
+        logits = torch.full_like(channels[:, 0], -9.0)
+        n = channels.shape[-1]
+        inner = slice(n // 4, n - n // 4)
+        logits[:, inner, inner, inner] = 1.0
+        return logits
+
+    monkeypatch.setattr(Segmenter, "_network", network)
+    config = RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32, coarse=coarse)
+    segmenter = Segmenter(Refiner(config))
+    segmenter.set_image(np.zeros((96, 96, 96), np.uint8), (1.0, 1.0, 1.0))
+    list(segmenter.segment([ObjectPrompts(1, Box((16, 16, 16), (80, 80, 80), 48))]))
+    first, second = seen
+    assert not first.any()
+    if coarse:
+        middle = len(second) // 2
+        assert second[middle, middle, middle] == pytest.approx(1 / 3)
+        assert second[0, 0, 0] == -2
+    else:
+        assert not second.any()

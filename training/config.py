@@ -40,8 +40,9 @@ class Config:
         no_box: probability that an object comes without a box.
         others: probability that the other objects of a volume have prompts, too.
         sloppy_box: probability that each face of a box is off by some percent.
-        zoom: probability of a close look at a part of a large object, after a first one at all of
-            it: the second pass. With ``refiner.coarse`` it is shown the first one's logits.
+        zoom: probability of a close look at a part of a large object in a real image, after a first
+            one at all of it: the second pass. With ``refiner.coarse`` it is shown the first one's
+            logits.
         synthetic, supervoxels, shapes: probabilities of an image painted on a label map, of a
             supervoxel of a real image as the object, and of a painted random shape.
         flip: probability for each axis; permute: of permuted axes; warp: of a rotated, sheared
