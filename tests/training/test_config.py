@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from inference.model.refiner import RefinerConfig
 from inference.model.sam_med3d import build_sam_med3d
 from inference.model.weights import find_weights, read_metadata
 from training.config import Config
@@ -38,8 +40,12 @@ def test_the_default_weights_were_trained_as_their_file_says() -> None:
     assert run == {key: told[key] for key in run}
 
 
-def test_the_small_file_is_read() -> None:
-    assert Config.load(CONFIGS / "small.yaml").init == "default"
+@pytest.mark.parametrize("name", ["small.yaml", "gpu.yaml"])
+def test_what_goes_on_from_the_default_weights_is_their_network(name: str) -> None:
+    config = Config.load(CONFIGS / name)
+    assert config.init == "default"
+    shipped = RefinerConfig.from_json(read_metadata(find_weights())["refiner"])
+    assert dataclasses.replace(config.refiner, window=shipped.window) == shipped
 
 
 def test_a_configuration_survives_yaml(tmp_path: Path) -> None:
