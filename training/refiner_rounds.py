@@ -89,7 +89,7 @@ class RefinerRounds:
         places = [self._pool[slot] for slot in row]
         images = torch.stack([p.sample.image for p in places])
         targets = torch.stack([p.sample.target for p in places])
-        first = self._first_pass([p for p in places if p.sample.around is not None])
+        first = self._first_pass(places)
         masks, coarse = [], torch.zeros_like(images)
         for place, logits in zip(places, coarse, strict=True):
             sample, mask = place.sample, place.mask
@@ -111,19 +111,16 @@ class RefinerRounds:
         return losses.mean()
 
     def _first_pass(self, places: list[_Place]) -> dict[int, Tensor]:
-        """Logits (D, H, W) in the first windows of close looks, by number of the window."""
-        if not places:
+        """Logits (D, H, W) in the first windows of those that are close looks, by their number."""
+        close = [(p, p.sample.around) for p in places if p.sample.around is not None]
+        if not close:
             return {}
-        around = [p.sample.around for p in places if p.sample.around is not None]
-        prompts = [a.prompts(p.sample.prompts) for a, p in zip(around, places, strict=True)]
-        images = torch.stack([a.image for a in around])
-        masks = [
-            torch.zeros_like(a.inside) if p.mask is None else p.mask
-            for a, p in zip(around, places, strict=True)
-        ]
+        prompts = [around.prompts(p.sample.prompts) for p, around in close]
+        images = torch.stack([around.image for _, around in close])
+        masks = [torch.zeros_like(a.inside) if p.mask is None else p.mask for p, a in close]
         with torch.no_grad():
             logits = self._network(_channels(images, prompts, masks)).float()[:, 0]
-        return {p.number: one for p, one in zip(places, logits, strict=True)}
+        return {p.number: one for (p, _), one in zip(close, logits, strict=True)}
 
     def _fill(self, row: list[int], edge: int, dice: Mapping[str, float]) -> None:
         """Draw objects for the places of those that have left."""
