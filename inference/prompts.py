@@ -7,7 +7,7 @@ edge between cells ``i`` and ``i + 1`` lies at ``i + 0.5``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -163,16 +163,21 @@ def shifted(prompts: WindowPrompts, tile: tuple[slice, slice, slice]) -> WindowP
     """Prompts of a grid in the coordinates of one of its tiles."""
     z0, y0, x0 = (place.start for place in tile)
 
-    def moved(point: Point) -> Point:
+    def move(point: Point) -> Point:
         z, y, x = point
         return z - z0, y - y0, x - x0
 
+    return moved(prompts, move)
+
+
+def moved(prompts: WindowPrompts, move: Callable[[Point], Point]) -> WindowPrompts:
+    """Prompts in another grid with parallel axes, ``move`` taking points from one to the other."""
     return WindowPrompts(
-        None if prompts.box is None else (moved(prompts.box[0]), moved(prompts.box[1])),
-        prompts.middle - z0,
-        tuple((moved(position), positive) for position, positive in prompts.clicks),
-        tuple(moved(position) for position in prompts.elsewhere),
-        tuple((moved(low), moved(high)) for low, high in prompts.others),
+        None if prompts.box is None else (move(prompts.box[0]), move(prompts.box[1])),
+        move((prompts.middle, 0, 0))[0],
+        tuple((move(position), positive) for position, positive in prompts.clicks),
+        tuple(move(position) for position in prompts.elsewhere),
+        tuple((move(low), move(high)) for low, high in prompts.others),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -86,10 +87,23 @@ def transfer(values: Tensor, source: Window, target: Window, fill: float) -> Ten
         )
         cells = torch.linspace(first, last, target.shape[axis], device=values.device)
         axes.append((2 * cells + 1) / source.shape[axis] - 1)  # grid_sample's -1..1, edge to edge
+    z, y, x = (axis.abs() <= 1 for axis in axes)
+    inside = z[:, None, None] & y[:, None] & x
+    moved = interpolate(values, axes)
+    return torch.where(inside, moved, moved.new_tensor(fill))
+
+
+def interpolate(values: Tensor, axes: Sequence[Tensor]) -> Tensor:
+    """(B, D, H, W) values, linearly interpolated at the cells of a grid with parallel axes.
+
+    Args:
+        values: float.
+        axes: where the cells lie along z, y, x: -1 and 1 are the values' outer edges. Beyond them
+            the outermost values go on.
+    """
     z, y, x = torch.meshgrid(*axes, indexing="ij")
     grid = torch.stack((x, y, z), -1)
-    moved = F.grid_sample(values[None], grid[None], padding_mode="border", align_corners=False)[0]
-    return torch.where((grid.abs() <= 1).all(-1), moved, moved.new_tensor(fill))
+    return F.grid_sample(values[None], grid[None], padding_mode="border", align_corners=False)[0]
 
 
 @functools.lru_cache(maxsize=256)

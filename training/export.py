@@ -81,9 +81,9 @@ def export(
     tensors: dict[str, Tensor] = {}
     for kind, alike in networks.items():
         # One that hears first passes knows what those that do not know, and goes for all.
-        metadata[kind] = max(alike, key=_hears).config.to_json()
-        heard = any(map(_hears, alike))
-        states = [deaf(one.state) if heard and not _hears(one) else one.state for one in alike]
+        fullest = max(alike, key=_hears)
+        metadata[kind] = fullest.config.to_json()
+        states = [one.state if _hears(one) == _hears(fullest) else deaf(one.state) for one in alike]
         # A file with one network has its history under "training".
         key = "training" if len(networks) == 1 else f"{kind}_training"
         *others, training = [dict(network.training) for network in alike]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from inference.prompts import WindowPrompts
-
-Point = tuple[float, float, float]
+from inference.prompts import Point, WindowPrompts, moved
+from inference.resampling import interpolate
 
 
 @dataclass
@@ -33,21 +30,11 @@ class Surroundings:
     def prompts(self, close: WindowPrompts) -> WindowPrompts:
         """The close look's prompts in the cells of this window."""
 
-        def moved(point: Point) -> Point:
+        def move(point: Point) -> Point:
             z, y, x = (a + p * s for p, a, s in zip(point, self.first, self.size, strict=True))
             return z, y, x
 
-        def edges(low: Point, high: Point) -> tuple[Point, Point]:
-            return moved(low), moved(high)
-
-        return dataclasses.replace(
-            close,
-            box=None if close.box is None else edges(*close.box),
-            middle=moved((close.middle, 0, 0))[0],
-            clicks=tuple((moved(position), positive) for position, positive in close.clicks),
-            elsewhere=tuple(moved(position) for position in close.elsewhere),
-            others=tuple(edges(*one) for one in close.others),
-        )
+        return moved(close, move)
 
     def shown(self, values: Tensor, edge: int) -> Tensor:
         """(D, H, W) values of this window, interpolated at the close look's ``edge``^3 cells."""
@@ -55,7 +42,7 @@ class Surroundings:
         for n, first, size in zip(values.shape, self.first, self.size, strict=True):
             cells = first + size * torch.arange(edge, device=values.device, dtype=torch.float32)
             axes.append((2 * cells + 1) / n - 1)
-        return _sampled(values, axes)
+        return interpolate(values[None], axes)[0]
 
     def taught(self, mask: Tensor, close: Tensor) -> Tensor:
         """A (D, H, W) bool mask of this window, corrected by the close look's."""
@@ -67,12 +54,4 @@ class Surroundings:
             within = (cells > -0.5) & (cells < edge - 0.5)
             seen &= within.reshape([-1 if a == axis else 1 for a in range(3)])
             axes.append((2 * cells + 1) / edge - 1)
-        return torch.where(seen, _sampled(close.float(), axes) > 0.5, mask)
-
-
-def _sampled(values: Tensor, axes: list[Tensor]) -> Tensor:
-    """(D, H, W) values, interpolated where axes -1..1, edge to edge, say; beyond, its edge's."""
-    z, y, x = torch.meshgrid(*axes, indexing="ij")
-    grid = torch.stack((x, y, z), -1)[None]
-    moved = F.grid_sample(values[None, None], grid, padding_mode="border", align_corners=False)
-    return moved[0, 0]
+        return torch.where(seen, interpolate(close[None].float(), axes)[0] > 0.5, mask)

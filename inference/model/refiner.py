@@ -200,7 +200,8 @@ class Refiner(nn.Module):
 def with_all_channels(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A refiner's tensors, blind to the channels that there were not yet when it was trained.
 
-    Channels are only ever added at the end of :data:`CHANNELS`; weights of zero ignore them.
+    Channels are only ever added at the end of :data:`CHANNELS`, and their weights in the output's
+    starting point at the end of ``base``; weights of zero ignore them.
     """
     completed = dict(state)
     stem = completed.get("stem.weight")
