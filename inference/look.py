@@ -24,6 +24,9 @@ from inference.refinement import (
 )
 from inference.resampling import covered_cells, resample, to_tensor
 
+#: Voxels: from here on cells lose of thin layers what the last round had found (chosen on training
+#: cases).
+BLURRING_CELL = 3.0
 _GROWTHS_WITH_BOX = 2
 _GROWTHS_WITHOUT_BOX = 6
 

@@ -15,7 +15,7 @@ from inference.case import Box, Case, ObjectPrompts
 from inference.coarse import CoarseStage
 from inference.consensus import FLOOR, consensus
 from inference.geometry import Triple, Window
-from inference.look import Look
+from inference.look import BLURRING_CELL, Look
 from inference.memory import in_parts, is_out_of_memory, release_memory, windows_at_once
 from inference.model.refiner import Refiner, load_refiners
 from inference.model.sam_med3d import load_sam_med3d
@@ -43,8 +43,6 @@ Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 _CLOSER_COUNTS = 2.0
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 _COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
-#: From here on cells lose of thin layers what the last round had found (chosen on training cases).
-_BLURRING_CELL = 3.0
 #: From this click on a mask without a box is large and small as its object is (likewise).
 _SIZE_KNOWN = 4
 #: Share of the first pass in what it and the second one find together: one sees more around the
@@ -324,7 +322,7 @@ class Segmenter:
         image = self._cells(fine)[0]
         inside = self._inside(fine)
         mask = (first > 0) * inside
-        if max(look.window.cell) > _BLURRING_CELL:
+        if max(look.window.cell) > BLURRING_CELL:
             mask = look.as_fine_as_before(fine, mask)
         prompts = look.prompts_in(fine)
         z, y, x = (min(_TILE, n) for n in shape)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inference.look import BLURRING_CELL
 from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts, refiner_channels
 from training.augmentation import Chance, perturb_mask
@@ -35,6 +36,7 @@ class _Place:
     number: int  # of the window
     sample: Sample
     mask: Tensor | None  # in the first window, of a close look as well
+    close: Tensor | None  # a close look's own one where cells of the first window lose what is thin
     left: int  # rounds, the next one included
     round: int
 
@@ -95,7 +97,7 @@ class RefinerRounds:
             sample, mask = place.sample, place.mask
             if sample.around is not None:
                 seen = sample.around.shown(first[place.number], edge)
-                mask = (seen > 0) & sample.inside
+                mask = _begun(place, sample.around, first[place.number], seen)
                 if self._config.refiner.coarse:
                     logits.copy_(seen)
             masks.append(torch.zeros_like(sample.target) if mask is None else mask)
@@ -140,7 +142,9 @@ class RefinerRounds:
             self._drawn[slot] += 1
             rng = np.random.default_rng((self._config.seed, 2, number))
             rounds = 1 if sample.wide else int(rng.integers(1, self._config.rounds + 1))
-            self._pool[slot] = _Place(number, sample, None, rounds, 0 if sample.prompts.box else 1)
+            self._pool[slot] = _Place(
+                number, sample, None, None, rounds, 0 if sample.prompts.box else 1
+            )
 
     def _advance(
         self,
@@ -175,10 +179,13 @@ class RefinerRounds:
         ):
             sample = place.sample
             scores.add(sample.source, sample.prompts.box is not None, place.round, score)
-            place.mask = mask
+            place.mask, place.close = mask, None
             if sample.around is not None:
                 before = (first[place.number] > 0) & sample.around.inside
                 place.mask = sample.around.taught(before, mask) & sample.around.inside
+                cells = zip(sample.cell, sample.around.size, strict=True)
+                if max(close / size for close, size in cells) > BLURRING_CELL:
+                    place.close = mask & sample.inside
             place.left -= 1
             place.round += 1
             if click is None:
@@ -189,7 +196,7 @@ class RefinerRounds:
                     sample.prompts, clicks=(*known, click), elsewhere=sample.elsewhere
                 )
                 if place.left and unseen:
-                    place.mask = None
+                    place.mask = place.close = None
 
     def _mask(self, place: _Place, logits: Tensor, shape: Tensor) -> Tensor:
         """The mask that a round leaves, now and then a poor one."""
@@ -217,6 +224,7 @@ class RefinerRounds:
                 "sample": sample,
                 "prompts": dataclasses.asdict(place.sample.prompts),
                 "mask": _own(place.mask),
+                "close": _own(place.close),
                 "left": place.left,
                 "round": place.round,
             }
@@ -247,10 +255,26 @@ class RefinerRounds:
                     around = {k: _moved(v, device) for k, v in values["around"].items()}
                     values["around"] = Surroundings(**around)
                 sample = Sample(prompts=WindowPrompts(**entry["prompts"]), **values)
-                mask = _moved(entry["mask"], device)
+                mask, close = (_moved(entry.get(name), device) for name in ("mask", "close"))
                 self._pool[slot] = _Place(
-                    entry["number"], sample, mask, entry["left"], entry["round"]
+                    entry["number"], sample, mask, close, entry["left"], entry["round"]
                 )
+
+
+def _begun(place: _Place, around: Surroundings, first: Tensor, seen: Tensor) -> Tensor:
+    """The mask that a close look begins with: as in inference (``Look.as_fine_as_before``).
+
+    Args:
+        place: whose close look it is.
+        around: the window that it lies in.
+        first: (D, H, W) logits there.
+        seen: (D, H, W) the same logits in the close look's cells.
+    """
+    mask = (seen > 0) & place.sample.inside
+    if place.mask is None or place.close is None or not bool(place.mask.any()):
+        return mask
+    changed = ((first > 0) & around.inside) != place.mask
+    return torch.where(around.shown(changed.float(), seen.shape[0]) > 0.5, mask, place.close)
 
 
 def _channels(

@@ -12,6 +12,7 @@ import torch
 from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts
 from tests.training.balls import config, write_balls
+from training import refiner_rounds
 from training.dataset import Sample, WindowDataset
 from training.refiner_rounds import RefinerRounds
 from training.scores import Scores
@@ -153,3 +154,45 @@ def test_a_close_look_follows_a_first_pass(folder: Path, coarse: bool) -> None:
         assert mask is not None and len(clicks[i]) == 1
         if mask.any():
             assert torch.equal(third[i, _MASK] > 0, mask), "the first pass knows the last mask"
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e6])
+def test_in_long_cells_a_close_look_begins_where_it_ended(
+    folder: Path, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own mask stays where the first pass changes nothing; in short cells nothing is kept."""
+    monkeypatch.setattr(refiner_rounds, "BLURRING_CELL", limit)
+    shape = {"channels": [16, 16], "blocks": [1, 1], "window": 16}
+    settings = config(no_box=0.0, zoom=1.0, synthetic=0.0, no_click=0.0, refiner=shape, rounds=6)
+    dataset, row, network = (
+        WindowDataset(load_folder(folder), settings),
+        list(range(8)),
+        _Recorder(),
+    )
+    rounds = RefinerRounds(network, dataset, settings, [row], len(row))
+    scores = Scores(dataset.sources, 6)
+    rounds.loss(0, 0, 0.0, {}, scores)
+    before = {i: rounds._pool[i] for i in row if rounds._pool[i].left > 0}
+    masks = {i: (place.mask, place.close) for i, place in before.items()}
+    assert len(masks) > 4 and all(
+        (close is not None) == (limit == 0) for _, close in masks.values()
+    )
+    saved = RefinerRounds(network, dataset, settings, [row], len(row))
+    saved.load([rounds.state()])
+    rounds.loss(0, 1, 0.0, {}, scores)
+    kept = 0
+    for i, (mask, close) in masks.items():
+        sample = before[i].sample
+        around = sample.around
+        assert around is not None and mask is not None
+        first = network.layer(network.shown[2][i : i + 1].detach())[0, 0].detach()
+        expected = (around.shown(first, 16) > 0) & sample.inside
+        if close is not None:
+            reloaded = saved._pool[i].close
+            assert reloaded is not None and torch.equal(reloaded, close)
+            changed = ((first > 0) & around.inside) != mask
+            same = around.shown(changed.float(), 16) <= 0.5
+            kept += int((same & (expected != close)).sum())
+            expected = torch.where(same, close, expected)
+        assert torch.equal(network.shown[3][i, _MASK] > 0, expected)
+    assert (kept > 0) == (limit == 0), "the two would not differ, and nothing be tested"
