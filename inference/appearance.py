@@ -28,8 +28,7 @@ _CLICKS_WORTH = 1.0  # clicks that say as much of a histogram as a mask does
 _FLOOR = 2e-4  # of a density: what was never seen in a small object may still be there
 _CLIP = 5.0  # log-odds that intensities say at most
 _SIGMA = 0.7  # voxels: single ones are noise
-#: How much of them counts, with boxes alone and with clicks (all fitted on training cases).
-_TRUST_BOXES, _TRUST_CLICKS = 1.5, 0.75
+_TRUST = 0.75  # how much of them counts (all fitted on training cases)
 #: Clicks after which an object without a box counts half as much as one with a box.
 _CLICKS_FOR_HALF = 2.0
 _MOST_VOXELS = 2**28  # of all logits together, 1 GiB: more are not held at once
@@ -87,12 +86,11 @@ def _weighed(
 
 def _trusts(objects: Sequence[ObjectPrompts]) -> dict[int, float]:
     """How much each label's intensities count: without a box the less, the fewer its clicks."""
-    with_boxes = _TRUST_CLICKS if any(prompts.clicks for prompts in objects) else _TRUST_BOXES
     trusts = {}
     for prompts in objects:
         n = len(prompts.clicks)
-        without_box = _TRUST_CLICKS * n / (n + _CLICKS_FOR_HALF)
-        trusts[prompts.label] = without_box if prompts.box is None else with_boxes
+        without_box = _TRUST * n / (n + _CLICKS_FOR_HALF)
+        trusts[prompts.label] = without_box if prompts.box is None else _TRUST
     return trusts
 
 

@@ -14,7 +14,8 @@ The procedure:
    without the standard error, chose rules that cross-validation then refused.) The threshold stands
    on calibrated probabilities, so it is fitted on undegraded units alone, and its conditions are
    given: a box, since without one the network is unsure which object is meant rather than where
-   its outline lies, and an object in one piece.
+   its outline lies, a click, since before the first the engine cuts lower by itself, and an object
+   in one piece.
 3. A candidate is worth its mean gain in DSC less one standard error; modalities weigh alike, so do
    patients in them and units in those. A candidate is out where, for any modality's undegraded
    units, mean gain less one standard error is a loss beyond the tolerance.
@@ -56,7 +57,11 @@ AMOUNTS = {
 }
 #: Conditions of a step's rules that are given, not fitted; such rules get no others.
 PRECONDITIONS = {
-    "threshold": (Condition("boxed", False, 1.0), Condition("scatter", True, 0.01)),
+    "threshold": (
+        Condition("boxed", False, 1.0),
+        Condition("clicks", False, 1.0),
+        Condition("scatter", True, 0.01),
+    ),
 }
 #: Steps whose worth is judged on undegraded units alone.
 UNDEGRADED = ("threshold",)
