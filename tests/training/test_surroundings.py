@@ -20,6 +20,7 @@ from training.surroundings import Surroundings
 from training.volumes import load_folder
 
 _QUIET = ("gamma", "inversion", "low_resolution", "blur", "shading", "noise", "synthetic")
+_ROW = list(range(8))
 _COARSE, _MASK = (CHANNELS.index(name) for name in ("coarse_logits", "previous_mask"))
 
 
@@ -114,23 +115,24 @@ class _Recorder(torch.nn.Module):
         return logits
 
 
+def _start(folder: Path, coarse: bool = False) -> tuple[RefinerRounds, _Recorder, Scores]:
+    """A pool of eight close looks that nobody has looked at, and the network that will."""
+    shape = {"channels": [16, 16], "blocks": [1, 1], "window": 16, "coarse": coarse}
+    settings = config(no_box=0.0, zoom=1.0, synthetic=0.0, no_click=0.0, refiner=shape, rounds=6)
+    dataset, network = WindowDataset(load_folder(folder), settings), _Recorder()
+    rounds = RefinerRounds(network, dataset, settings, [_ROW], len(_ROW))
+    return rounds, network, Scores(dataset.sources, 6)
+
+
 @pytest.mark.parametrize("coarse", [False, True])
 def test_a_close_look_follows_a_first_pass(folder: Path, coarse: bool) -> None:
     """Of its mask, and where the network is to hear them of its logits."""
-    shape = {"channels": [16, 16], "blocks": [1, 1], "window": 16, "coarse": coarse}
-    settings = config(no_box=0.0, zoom=1.0, synthetic=0.0, no_click=0.0, refiner=shape, rounds=6)
-    dataset, row, network = (
-        WindowDataset(load_folder(folder), settings),
-        list(range(8)),
-        _Recorder(),
-    )
-    rounds = RefinerRounds(network, dataset, settings, [row], len(row))
-    scores = Scores(dataset.sources, 6)
+    rounds, network, scores = _start(folder, coarse)
     with torch.autocast("cpu", torch.bfloat16):
         loss = rounds.loss(0, 0, 0.0, {}, scores)
     loss.backward()  # type: ignore[no-untyped-call]
     assert network.layer.weight.grad is not None and network.layer.weight.grad.abs().sum() > 0
-    places = [rounds._pool[slot] for slot in row]
+    places = [rounds._pool[slot] for slot in _ROW]
     first, second = network.shown
     assert len(first) == len(second) == 8
     assert not first[:, _MASK].any() and not first[:, _COARSE].any()
@@ -143,9 +145,9 @@ def test_a_close_look_follows_a_first_pass(folder: Path, coarse: bool) -> None:
         expected = (logits / 3).clamp(-2, 2) if coarse else torch.zeros_like(logits)
         torch.testing.assert_close(second[i, _COARSE].detach(), expected, atol=0.05, rtol=0)
         assert place.mask.shape == around.image.shape and not (place.mask & ~around.inside).any()
-    going_on = [i for i in row if places[i].left > 0]
-    masks = [places[i].mask for i in row]
-    clicks = [places[i].sample.prompts.clicks for i in row]
+    going_on = [i for i in _ROW if places[i].left > 0]
+    masks = [places[i].mask for i in _ROW]
+    clicks = [places[i].sample.prompts.clicks for i in _ROW]
     rounds.loss(0, 1, 0.0, {}, scores)
     third = network.shown[2]
     assert len(going_on) > 4
@@ -162,22 +164,14 @@ def test_in_long_cells_a_close_look_begins_where_it_ended(
 ) -> None:
     """Its own mask stays where the first pass changes nothing; in short cells nothing is kept."""
     monkeypatch.setattr(refiner_rounds, "BLURRING_CELL", limit)
-    shape = {"channels": [16, 16], "blocks": [1, 1], "window": 16}
-    settings = config(no_box=0.0, zoom=1.0, synthetic=0.0, no_click=0.0, refiner=shape, rounds=6)
-    dataset, row, network = (
-        WindowDataset(load_folder(folder), settings),
-        list(range(8)),
-        _Recorder(),
-    )
-    rounds = RefinerRounds(network, dataset, settings, [row], len(row))
-    scores = Scores(dataset.sources, 6)
+    rounds, network, scores = _start(folder)
     rounds.loss(0, 0, 0.0, {}, scores)
-    before = {i: rounds._pool[i] for i in row if rounds._pool[i].left > 0}
+    before = {i: rounds._pool[i] for i in _ROW if rounds._pool[i].left > 0}
     masks = {i: (place.mask, place.close) for i, place in before.items()}
     assert len(masks) > 4 and all(
         (close is not None) == (limit == 0) for _, close in masks.values()
     )
-    saved = RefinerRounds(network, dataset, settings, [row], len(row))
+    saved, _, _ = _start(folder)
     saved.load([rounds.state()])
     rounds.loss(0, 1, 0.0, {}, scores)
     kept = 0
