@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from inference.case import Case, ObjectPrompts
+from inference.case import Case
 from inference.likelihood import CLICK_BINS, NEIGHBOURS, smooth
 from inference.refinement import SURE, ObjectLogits, hull, merge
 
@@ -69,29 +69,59 @@ def _weighed(
 ) -> Iterator[ObjectLogits]:
     region = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     D, H, W = case.image.shape
-    trusts = _trusts(case.objects)
+    trusts = {o.label: _trust(o.box is not None, len(o.clicks)) for o in case.objects}
     bins = _binned(case.image[region])
-    clicked = {o.label: _clicked(o, bins, low) for o in case.objects}
+    places = {
+        o.label: [np.subtract(c.position, low) for c in o.clicks if c.positive]
+        for o in case.objects
+    }
+    clicked = {label: _clicked(some, bins) for label, some in places.items()}
     ratios = _log_ratios(merge(held, (D, H, W))[region], bins, clicked)
     for one in held:
         trust = trusts[one.label]
         if not one.logits.size or not trust:
             yield one
             continue
-        said = torch.from_numpy(ratios[one.label][bins[one.place_in(low)]])
-        evidence = smooth(said[None], _SIGMA)[0].numpy()
+        evidence = trust * _evidence(ratios[one.label], bins[one.place_in(low)])
         evidence[np.abs(one.logits) > SURE] = 0
-        yield ObjectLogits(one.label, one.start, one.logits + (trust * evidence).astype(np.float32))
+        yield ObjectLogits(one.label, one.start, one.logits + evidence)
 
 
-def _trusts(objects: Sequence[ObjectPrompts]) -> dict[int, float]:
-    """How much each label's intensities count: without a box the less, the fewer its clicks."""
-    trusts = {}
-    for prompts in objects:
-        n = len(prompts.clicks)
-        without_box = _TRUST * n / (n + _CLICKS_FOR_HALF)
-        trusts[prompts.label] = without_box if prompts.box is None else _TRUST
-    return trusts
+def intensities_say(
+    image: NDArray[np.generic],
+    labels: NDArray[np.uint8],
+    positive: Sequence[Sequence[float]],
+    clicks: int,
+    boxed: bool,
+) -> NDArray[np.float32]:
+    """What :func:`told_apart` adds to the logits of one object of a window.
+
+    Args:
+        image: (D, H, W) intensities of any scale.
+        labels: (D, H, W), 1 where the object was found, 0 where nothing is, else another number.
+        positive: (z, y, x) of the object's positive clicks, in cells.
+        clicks: how many it has of either sign.
+        boxed: whether it has a box.
+
+    Returns:
+        (D, H, W) log-odds.
+    """
+    bins = _binned(image)
+    places = [np.round(place).astype(int) for place in positive]
+    ratios = _log_ratios(labels, bins, {1: _clicked(places, bins)})
+    return _trust(boxed, clicks) * _evidence(ratios[1], bins)
+
+
+def _evidence(ratios: NDArray[np.float32], bins: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """An object's (bins,) log-ratios at the (D, H, W) bins of voxels, smoothed."""
+    said = torch.from_numpy(ratios[bins])
+    evidence: NDArray[np.float32] = smooth(said[None], _SIGMA)[0].numpy()
+    return evidence
+
+
+def _trust(boxed: bool, clicks: int) -> np.float32:
+    """How much an object's intensities count: without a box the less, the fewer its clicks."""
+    return np.float32(_TRUST if boxed else _TRUST * clicks / (clicks + _CLICKS_FOR_HALF))
 
 
 def _binned(image: NDArray[np.generic]) -> NDArray[np.uint8]:
@@ -106,20 +136,16 @@ def _binned(image: NDArray[np.generic]) -> NDArray[np.uint8]:
     return bins
 
 
-def _clicked(
-    prompts: ObjectPrompts, bins: NDArray[np.uint8], low: tuple[int, int, int]
-) -> NDArray[np.float64]:
-    """(n, bins) densities about the object's positive clicks: of the voxel and its six neighbours.
+def _clicked(places: Sequence[NDArray[np.integer]], bins: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(n, bins) densities about positive clicks: of the voxel and its six neighbours.
 
     Args:
-        prompts: of the object.
-        bins: (D, H, W) numbers of bins of a region.
-        low: its first voxel; clicks elsewhere are left out.
+        places: (z, y, x) voxels of a region; those outside are left out.
+        bins: (D, H, W) numbers of bins there.
     """
     found = []
-    for click in prompts.clicks:
-        place = np.subtract(click.position, low)
-        if click.positive and (place >= 0).all() and (place < bins.shape).all():
+    for place in places:
+        if (place >= 0).all() and (place < bins.shape).all():
             near = np.clip(place + np.array(NEIGHBOURS), 0, np.array(bins.shape) - 1)
             found.append(np.bincount(bins[tuple(near.T)], minlength=_BINS) / len(near))
     return np.array(found).reshape(-1, _BINS)

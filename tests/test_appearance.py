@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inference import appearance
-from inference.appearance import told_apart
+from inference.appearance import intensities_say, told_apart
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.refinement import SURE, ObjectLogits, honour_clicks, merge
 
@@ -121,6 +121,19 @@ def test_without_a_box_intensities_count_the_more_the_more_clicks_there_are() ->
     assert all(0 < a < b < c for a, b, c in zip(one, four, box, strict=True)), (one, four, box)
     mixed = change(4, (1,))
     assert (mixed[0], mixed[1]) == (box[0], four[1])
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_training_hears_of_one_object_what_inference_adds_to_it(boxed: bool) -> None:
+    image, _ = _nested()
+    clicks = (Click((12, 13, 14), True), Click((12, 13, 21), False))
+    told = told_apart(_guesses(), _case(image, clicks, (1, 2) if boxed else ()))
+    found = merge(_guesses(), SHAPE)
+    for after, before in zip(told, _guesses(), strict=True):
+        labels = np.where(found == before.label, 1, 2 * (found > 0)).astype(np.uint8)
+        said = intensities_say(image, labels, [clicks[0].position], len(clicks), boxed)
+        assert np.abs(said).max() > 0.2
+        np.testing.assert_array_equal(after.logits, before.logits + said)
 
 
 def test_clicks_say_what_an_object_looks_like_where_its_mask_is_wrong() -> None:

@@ -61,6 +61,8 @@ class Config:
         no_click: probability of a refiner's round without a new click.
         poor_mask: probability that a refiner's mask is made worse before the next round: drawn
             towards the ellipsoid after a box alone, else coarse and noisy.
+        tell_apart: probability that a refiner's mask is otherwise what intensities make of it where
+            inference lets objects side by side tell each other apart.
         no_mask: probability that a refiner's round after a click is not shown the last mask.
         previous_mask: SAM-Med3D's previous mask: ``"logits"`` (the paper) or ``"binary"`` (what
             inference has).
@@ -135,6 +137,7 @@ class Config:
     click_slack: float = 0.3
     no_click: float = 0.12
     poor_mask: float = 0.0
+    tell_apart: float = 0.0
     no_mask: float = 0.0
     previous_mask: Literal["binary", "logits"] = "binary"
 
@@ -247,7 +250,8 @@ class Config:
 _PROBABILITIES = (
     *("no_box", "others", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
     *("flip", "permute", "upright", "warp", "gamma", "inversion", "low_resolution", "blur"),
-    *("shading", "noise", "click_slack", "no_click", "poor_mask", "no_mask", "ema"),
+    *("shading", "noise", "click_slack", "no_click", "poor_mask", "tell_apart"),
+    *("no_mask", "ema"),
 )
 
 

@@ -22,6 +22,7 @@ from training.volumes import LabelledVolume, VolumeStore
 from training.windows import cut_windows
 
 _SMALLEST_TARGET = 8  # cells
+_FEWEST_FREE = 64  # cells that a histogram can be made of
 _ATTEMPTS = 100
 
 
@@ -36,6 +37,8 @@ class Sample:
             edge, and nobody knows whether the object does.
         prompts: a box, or a first click.
         elsewhere: in cells, where the user clicks on other objects once this one is clicked on.
+        free: (D, H, W) bool, where no object of the volume is; None where no other one has prompts,
+            or hardly a cell is free.
         around: of a close look, the window in which the object was first looked at, or None.
         cell: edge lengths of a cell in voxels.
         wide: whether it is a first look at a whole volume, which is over after its round.
@@ -47,6 +50,7 @@ class Sample:
     inside: Tensor
     prompts: WindowPrompts
     elsewhere: tuple[Point, ...]
+    free: Tensor | None
     around: Surroundings | None
     cell: Point
     wide: bool
@@ -164,6 +168,15 @@ class WindowDataset:
         image, _, inside_one = self._task(around, images[0], shares[0], inside[0], chance)
         return Surroundings(image, inside_one, *plan.within(around))
 
+    def _free(self, plan: Plan) -> Tensor | None:
+        """Where in a plan's window no object is, if objects side by side are told apart there."""
+        beside = len(plan.others) or len(plan.elsewhere)
+        if not self._config.tell_apart or not plan.label or not beside:
+            return None
+        (labels,), _, (inside,) = cut_windows(self.store, [plan], shown=False)
+        free = (labels == 0) & inside
+        return free if int(free.sum()) >= _FEWEST_FREE else None
+
     def _prompted(
         self, plan: Plan, image: Tensor, target: Tensor, inside: Tensor, chance: Chance
     ) -> Sample:
@@ -174,7 +187,16 @@ class WindowDataset:
         elsewhere = _outside(target, plan.elsewhere)
         around = None if plan.around is None else self._surroundings(plan, plan.around)
         sample = Sample(
-            image, target, inside, WindowPrompts(), elsewhere, around, plan.cell, plan.wide, source
+            image,
+            target,
+            inside,
+            WindowPrompts(),
+            elsewhere,
+            self._free(plan),
+            around,
+            plan.cell,
+            plan.wide,
+            source,
         )
         if plan.boxed:
             low, high, middle = plan.box or challenge_box(target.cpu().numpy(), plan.padding)

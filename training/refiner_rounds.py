@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inference.appearance import intensities_say
 from inference.look import BLURRING_CELL
 from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts, refiner_channels
@@ -202,7 +203,9 @@ class RefinerRounds:
         """The mask that a round leaves, now and then a poor one."""
         rng = np.random.default_rng((self._config.seed, 4, place.number, place.round))
         if rng.random() >= self._config.poor_mask:
-            return logits > 0
+            if place.sample.free is None or rng.random() >= self._config.tell_apart:
+                return logits > 0
+            return logits + _said(place.sample, logits > 0) > 0
         if place.round == 0:
             return logits + _DRAWN * shape + _SWOLLEN > 0
         chance = Chance(int(rng.integers(2**62)), logits.device)
@@ -275,6 +278,21 @@ def _begun(place: _Place, around: Surroundings, first: Tensor, seen: Tensor) -> 
         return mask
     changed = ((first > 0) & around.inside) != place.mask
     return torch.where(around.shown(changed.float(), seen.shape[0]) > 0.5, mask, place.close)
+
+
+def _said(sample: Sample, mask: Tensor) -> Tensor:
+    """Log-odds that inference adds where objects side by side tell each other apart."""
+    assert sample.free is not None
+    prompts = sample.prompts
+    labels = torch.where(mask, 1, torch.where(sample.free, 0, 2)).to(torch.uint8)
+    said = intensities_say(
+        sample.image.cpu().numpy(),
+        labels.cpu().numpy(),
+        [place for place, positive in prompts.clicks if positive],
+        len(prompts.clicks),
+        prompts.box is not None,
+    )
+    return torch.from_numpy(said).to(mask.device)
 
 
 def _channels(

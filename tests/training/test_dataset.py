@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from inference.coarse import _normalise
 from inference.model.refiner import CHANNELS
@@ -170,6 +171,52 @@ def test_rounds_may_begin_with_poor_masks(folder: Path, poor: float) -> None:
     pairs = [(a, p.mask) for a, p in zip(before, going_on, strict=True)]
     same = [a is not None and b is not None and torch.equal(a, b) for a, b in pairs]
     assert len(same) > 6 and (not any(same) if poor else all(same))
+
+
+def test_it_is_known_where_no_object_is_if_others_are_beside_it(folder: Path) -> None:
+    values = {"no_box": 0.0, "others": 1.0, "synthetic": 0.0, "zoom": 0.0, "inversion": 0.0}
+    samples = _dataset(folder, tell_apart=1.0, **values).draw(range(40), 16)
+    known = [sample for sample in samples if sample.free is not None]
+    assert len(known) > 10, "the other ball is seldom far away"
+    for sample in known:
+        assert sample.prompts.others and not (sample.free & ~sample.inside).any()
+        core = torch.from_numpy(ndimage.binary_erosion(sample.target.numpy()))
+        assert not (sample.free & core).any(), "cells of the surface may count as either's"
+        # Both balls are brighter than what is around them.
+        balls = sample.image[sample.inside & ~sample.free]
+        assert float(balls.mean()) > float(sample.image[sample.free].quantile(0.95))
+    for other in ({"tell_apart": 0.0}, {"tell_apart": 1.0, "others": 0.0}):
+        assert all(s.free is None for s in _dataset(folder, **{**values, **other}).draw([0, 1], 16))
+
+
+def test_masks_may_be_told_apart_by_intensities(folder: Path) -> None:
+    """As inference does it before users see them: a ball's ellipsoid comes closer to the ball."""
+    found = []
+    for share in (0.0, 1.0):
+        values = {"no_box": 0.0, "others": 1.0, "synthetic": 0.0, "zoom": 0.0, "rounds": 6}
+        dataset = _dataset(folder, tell_apart=share, **values)
+        row = list(range(12))
+        network = torch.nn.Conv3d(len(CHANNELS), 1, 1)
+        torch.nn.init.zeros_(network.weight)
+        torch.nn.init.constant_(network.bias, 1.0)  # a large ellipsoid
+        with torch.no_grad():
+            network.weight[0, CHANNELS.index("ellipsoid")] = 1.0
+        rounds = RefinerRounds(
+            network, dataset, config(tell_apart=share, **values), [row], len(row)
+        )
+        rounds._fill(row, 16, {})
+        places = [rounds._pool[slot] for slot in row]
+        rounds.loss(0, 0, 0.0, {}, Scores(dataset.sources, 6))
+        found.append([(p.sample, p.mask) for p in places])
+    gains = []
+    for (sample, mask), (told, other) in zip(*found, strict=True):
+        assert mask is not None and other is not None
+        before, after = dice_score(torch.stack([mask, other]), sample.target[None]).tolist()
+        if told.free is None:
+            assert torch.equal(mask, other)
+        else:
+            gains.append(after - before)
+    assert len(gains) > 3 and np.mean(gains) > 0.01 and min(gains) > -0.01, gains
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
