@@ -51,10 +51,10 @@ def likelihood_log_odds(
         (B, D, H, W) log-odds: the prior plus the smoothed log-likelihood ratio, clipped to +-3.
     """
     B = image.shape[0]
-    bins = ((image + 3) * (_BINS / 6)).long().clamp_(0, _BINS - 1)
+    bins = (image + 3).mul_(_BINS / 6).int().clamp_(0, _BINS - 1)
     # Histograms need no more than every other cell along each axis.
-    few_bins = bins[:, ::2, ::2, ::2].reshape(B, -1)
-    few_bins = few_bins + _BINS * torch.arange(B, device=image.device)[:, None]
+    few_bins = bins[:, ::2, ::2, ::2].reshape(B, -1).long()
+    few_bins += _BINS * torch.arange(B, device=image.device)[:, None]
     few_prior = prior[:, ::2, ::2, ::2].reshape(B, -1)
     few_mask = (
         few_prior.sigmoid() if mask is None else mask[:, ::2, ::2, ::2].reshape(B, -1).float()
@@ -69,9 +69,10 @@ def likelihood_log_odds(
         inside = _histogram(few_bins, few_mask)
         ratio = _log_ratio(inside, total - inside, said, share)
         few_mask = (few_prior + ratio.reshape(-1)[few_bins]).sigmoid()
-    offset = _BINS * torch.arange(B, device=image.device)[:, None, None, None]
-    llr = ratio.reshape(-1)[bins + offset]
-    return prior + smooth(llr, _SIGMA)
+    llr = torch.stack(
+        [one.index_select(0, at.flatten()) for one, at in zip(ratio, bins, strict=True)]
+    )
+    return smooth(llr.reshape(image.shape), _SIGMA).add_(prior)
 
 
 def _histogram(bins: Tensor, weights: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ class Segmenter:
         if refiner is None and coarse is None:
             raise ValueError("neither a refiner nor SAM-Med3D given; accepted: one or both")
         self.device = self.used_device = torch.device(device)
-        self._refiner = None if refiner is None else refiner.to(self.device).eval()
-        self._unboxed = self._refiner if unboxed is None else unboxed.to(self.device).eval()
+        self._refiner = None if refiner is None else _placed(refiner, self.device)
+        self._unboxed = self._refiner if unboxed is None else _placed(unboxed, self.device)
         self._coarse = coarse
         self._image: NDArray[np.generic] | None = None
         self._spacing_mm = (1.0, 1.0, 1.0)
@@ -381,3 +381,12 @@ class Segmenter:
                 "SAM-Med3D checkpoint beside it"
             )
         return cls(network, coarse, place, unboxed)
+
+
+def _placed(refiner: Refiner, device: torch.device) -> Refiner:
+    """The network on a device, its weights in the order in which that one computes."""
+    if device.type == "cpu":
+        # With channels first oneDNN reorders what goes in and out of every convolution. CUDA's
+        # group normalisation would reorder the other way round.
+        refiner.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return refiner.to(device).eval()
