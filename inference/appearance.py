@@ -6,7 +6,7 @@ a histogram of intensities, and a voxel rare in one of them and common outside s
 Tissue segmentation iterates such steps (Wells et al. 1996, Ashburner and Friston 2005); here is
 one, and the networks' logits are its spatial prior. Clicks are samples of an object that no wrong
 mask can spoil. Tissues that share a box come apart by it; objects that look like their surroundings
-stay as they were.
+stay as they were: intensities count as far as they depend on which object a voxel is of.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _CLICKS_WORTH = 1.0  # clicks that say as much of a histogram as a mask does
 _FLOOR = 2e-4  # of a density: what was never seen in a small object may still be there
 _CLIP = 5.0  # log-odds that intensities say at most
 _SIGMA = 0.7  # voxels: single ones are noise
-_TRUST = 0.75  # how much of them counts (all fitted on training cases)
+_TRUST = 1.5  # how much of them counts where nothing but the object decides on the intensity
+# (all fitted on training cases)
 #: Clicks after which an object without a box counts half as much as one with a box.
 _CLICKS_FOR_HALF = 2.0
 _MOST_VOXELS = 2**28  # of all logits together, 1 GiB: more are not held at once
@@ -76,9 +77,10 @@ def _weighed(
         for o in case.objects
     }
     clicked = {label: _clicked(some, bins) for label, some in places.items()}
-    ratios = _log_ratios(merge(held, (D, H, W))[region], bins, clicked)
+    counts = _histograms(merge(held, (D, H, W))[region], bins)
+    ratios, contrast = _log_ratios(counts, clicked), _contrast(counts)
     for one in held:
-        trust = trusts[one.label]
+        trust = trusts[one.label] * contrast
         if not one.logits.size or not trust:
             yield one
             continue
@@ -98,7 +100,7 @@ def intensities_say(
 
     Args:
         image: (D, H, W) intensities of any scale.
-        labels: (D, H, W), 1 where the object was found, 0 where nothing is, else another number.
+        labels: (D, H, W), 1 where the object was found, 0 where no object is, else another one's.
         positive: (z, y, x) of the object's positive clicks, in cells.
         clicks: how many it has of either sign.
         boxed: whether it has a box.
@@ -108,8 +110,9 @@ def intensities_say(
     """
     bins = _binned(image)
     places = [np.round(place).astype(int) for place in positive]
-    ratios = _log_ratios(labels, bins, {1: _clicked(places, bins)})
-    return _trust(boxed, clicks) * _evidence(ratios[1], bins)
+    counts = _histograms(labels, bins)
+    ratios = _log_ratios(counts, {1: _clicked(places, bins)})
+    return _trust(boxed, clicks) * _contrast(counts) * _evidence(ratios[1], bins)
 
 
 def _evidence(ratios: NDArray[np.float32], bins: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -119,9 +122,9 @@ def _evidence(ratios: NDArray[np.float32], bins: NDArray[np.uint8]) -> NDArray[n
     return evidence
 
 
-def _trust(boxed: bool, clicks: int) -> np.float32:
+def _trust(boxed: bool, clicks: int) -> float:
     """How much an object's intensities count: without a box the less, the fewer its clicks."""
-    return np.float32(_TRUST if boxed else _TRUST * clicks / (clicks + _CLICKS_FOR_HALF))
+    return _TRUST if boxed else _TRUST * clicks / (clicks + _CLICKS_FOR_HALF)
 
 
 def _binned(image: NDArray[np.generic]) -> NDArray[np.uint8]:
@@ -151,25 +154,48 @@ def _clicked(places: Sequence[NDArray[np.integer]], bins: NDArray[np.uint8]) -> 
     return np.array(found).reshape(-1, _BINS)
 
 
-def _log_ratios(
-    labels: NDArray[np.uint8],
-    bins: NDArray[np.uint8],
-    clicked: Mapping[int, NDArray[np.float64]],
-) -> NDArray[np.float32]:
-    """(256, bins) log of each label's density over that of label 0, clipped.
-
-    Args:
-        labels: (D, H, W) label map.
-        bins: (D, H, W) numbers of bins.
-        clicked: (n, bins) of a label: densities about its n clicks. Masks may be wrong, clicks
-            are not, so the more of them the less the mask's own histogram counts.
-    """
+def _histograms(labels: NDArray[np.uint8], bins: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(256, bins) voxels of each label and bin, of (D, H, W) labels and numbers of bins."""
     counts = np.zeros(256 * _BINS, np.int64)
     for plane, values in zip(labels, bins, strict=True):
         counts += np.bincount(
             (plane.astype(np.intp) * _BINS + values).ravel(), minlength=counts.size
         )
-    density = np.apply_along_axis(_smoothed, 1, counts.reshape(256, _BINS).astype(float), _KERNEL)
+    return counts.reshape(256, _BINS).astype(float)
+
+
+def _contrast(counts: NDArray[np.float64]) -> float:
+    """How far intensities depend on the object, 0..1, of (256, bins) voxels of labels.
+
+    The mean over objects of the larger one of two shares of variance: what is between the objects'
+    means, of that and what is within them (eta squared, objects counting alike); and what is
+    between the object's mean and that of label 0. Cells that look like each other and like what is
+    between them have neither, tissues the first, nuclei the second. All objects of a case have one
+    value, or those of the larger one would win wherever they meet.
+    """
+    n = counts.sum(1)
+    mean = counts @ np.arange(_BINS) / np.maximum(n, 1)
+    variance = counts @ np.arange(_BINS) ** 2 / np.maximum(n, 1) - mean**2
+    found = np.flatnonzero(n[1:]) + 1
+    if not len(found):
+        return 0.0
+    step = (mean[found] - mean[0]) ** 2 * (n[0] > 0)
+    alone = step / np.maximum(step + variance[found] + variance[0], 1e-6)
+    between, within = mean[found].var(), variance[found].mean()
+    return float(np.maximum(alone, between / max(between + within, 1e-6)).mean())
+
+
+def _log_ratios(
+    counts: NDArray[np.float64], clicked: Mapping[int, NDArray[np.float64]]
+) -> NDArray[np.float32]:
+    """(256, bins) log of each label's density over that of label 0, clipped.
+
+    Args:
+        counts: (256, bins) voxels.
+        clicked: (n, bins) of a label: densities about its n clicks. Masks may be wrong, clicks
+            are not, so the more of them the less the mask's own histogram counts.
+    """
+    density = np.apply_along_axis(_smoothed, 1, counts, _KERNEL)
     density /= np.maximum(density.sum(1, keepdims=True), 1e-6)
     for label, about in clicked.items():
         if len(about):

@@ -64,6 +64,22 @@ def test_objects_that_look_like_their_surroundings_stay_as_they_are() -> None:
         np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
 
 
+def test_intensities_count_as_far_as_they_depend_on_the_object() -> None:
+    """Between objects, as in tissues, or between objects and the rest, as in nuclei."""
+    _, truth = _nested()
+    noise = np.random.default_rng(1).normal(0, 12, SHAPE)
+
+    def change(background: float, shell: float, core: float) -> float:
+        image = np.array([background, shell, core])[truth] + noise
+        told = told_apart(_guesses(), _case(image))
+        return max(
+            float(np.abs(a.logits - b.logits).max()) for a, b in zip(told, _guesses(), strict=True)
+        )
+
+    tissues, nuclei, cells = change(100, 200, 20), change(20, 200, 200), change(100, 106, 106)
+    assert tissues > 3 and nuclei > 3 and cells < 0.3, (tissues, nuclei, cells)
+
+
 def test_clicks_keep_their_logits_and_boxes_of_voxels_their_places() -> None:
     image, _ = _nested()
     clicks = (Click((12, 13, 14), True), Click((12, 13, 21), False))
@@ -139,9 +155,9 @@ def test_training_hears_of_one_object_what_inference_adds_to_it(boxed: bool) -> 
 def test_clicks_say_what_an_object_looks_like_where_its_mask_is_wrong() -> None:
     image, truth = _nested()
     shell, inner = _guesses()
-    first = ObjectLogits(1, (0, 0, 0), shell.logits.clip(-1, 1))
+    first = ObjectLogits(1, (0, 0, 0), shell.logits.clip(-0.5, 0.5))
     # The core is taken to lie half in the shell, without much confidence.
-    wrong = ObjectLogits(2, (0, 0, 0), np.roll(inner.logits, 4, 2).clip(-1, 1))
+    wrong = ObjectLogits(2, (0, 0, 0), np.roll(inner.logits, 4, 2).clip(-0.5, 0.5))
 
     def core(clicks: tuple[Click, ...]) -> float:
         objects = (ObjectPrompts(1, BOX), ObjectPrompts(2, BOX, clicks))

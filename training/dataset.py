@@ -22,7 +22,6 @@ from training.volumes import LabelledVolume, VolumeStore
 from training.windows import cut_windows
 
 _SMALLEST_TARGET = 8  # cells
-_FEWEST_FREE = 64  # cells that a histogram can be made of
 _ATTEMPTS = 100
 
 
@@ -37,8 +36,8 @@ class Sample:
             edge, and nobody knows whether the object does.
         prompts: a box, or a first click.
         elsewhere: in cells, where the user clicks on other objects once this one is clicked on.
-        free: (D, H, W) bool, where no object of the volume is; None where no other one has prompts,
-            or hardly a cell is free.
+        beside: (D, H, W) uint8, other objects of the volume by numbers from 2 on, else 0; None
+            where no other one has prompts.
         around: of a close look, the window in which the object was first looked at, or None.
         cell: edge lengths of a cell in voxels.
         wide: whether it is a first look at a whole volume, which is over after its round.
@@ -50,7 +49,7 @@ class Sample:
     inside: Tensor
     prompts: WindowPrompts
     elsewhere: tuple[Point, ...]
-    free: Tensor | None
+    beside: Tensor | None
     around: Surroundings | None
     cell: Point
     wide: bool
@@ -168,14 +167,16 @@ class WindowDataset:
         image, _, inside_one = self._task(around, images[0], shares[0], inside[0], chance)
         return Surroundings(image, inside_one, *plan.within(around))
 
-    def _free(self, plan: Plan) -> Tensor | None:
-        """Where in a plan's window no object is, if objects side by side are told apart there."""
-        beside = len(plan.others) or len(plan.elsewhere)
-        if not self._config.tell_apart or not plan.label or not beside:
+    def _beside(self, plan: Plan) -> Tensor | None:
+        """Other objects in a plan's window, if objects side by side are told apart there."""
+        prompted = len(plan.others) or len(plan.elsewhere)
+        if not self._config.tell_apart or not plan.label or not prompted:
             return None
-        (labels,), _, (inside,) = cut_windows(self.store, [plan], shown=False)
-        free = (labels == 0) & inside
-        return free if int(free.sum()) >= _FEWEST_FREE else None
+        (labels,), _, _ = cut_windows(self.store, [plan], shown=False)
+        labels[labels == plan.label] = 0
+        found, numbers = labels.unique(return_inverse=True)
+        numbers += int(found[0] > 0)  # no cell is free
+        return torch.where(numbers > 0, numbers + 1, 0).clamp_max(255).to(torch.uint8)
 
     def _prompted(
         self, plan: Plan, image: Tensor, target: Tensor, inside: Tensor, chance: Chance
@@ -192,7 +193,7 @@ class WindowDataset:
             inside,
             WindowPrompts(),
             elsewhere,
-            self._free(plan),
+            self._beside(plan),
             around,
             plan.cell,
             plan.wide,

@@ -203,7 +203,7 @@ class RefinerRounds:
         """The mask that a round leaves, now and then a poor one."""
         rng = np.random.default_rng((self._config.seed, 4, place.number, place.round))
         if rng.random() >= self._config.poor_mask:
-            if place.sample.free is None or rng.random() >= self._config.tell_apart:
+            if place.sample.beside is None or rng.random() >= self._config.tell_apart:
                 return logits > 0
             return logits + _said(place.sample, logits > 0) > 0
         if place.round == 0:
@@ -282,9 +282,9 @@ def _begun(place: _Place, around: Surroundings, first: Tensor, seen: Tensor) -> 
 
 def _said(sample: Sample, mask: Tensor) -> Tensor:
     """Log-odds that inference adds where objects side by side tell each other apart."""
-    assert sample.free is not None
+    assert sample.beside is not None
     prompts = sample.prompts
-    labels = torch.where(mask, 1, torch.where(sample.free, 0, 2)).to(torch.uint8)
+    labels = torch.where(mask, 1, sample.beside)
     said = intensities_say(
         sample.image.cpu().numpy(),
         labels.cpu().numpy(),

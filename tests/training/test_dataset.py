@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
 
 from inference.coarse import _normalise
 from inference.model.refiner import CHANNELS
@@ -173,20 +172,21 @@ def test_rounds_may_begin_with_poor_masks(folder: Path, poor: float) -> None:
     assert len(same) > 6 and (not any(same) if poor else all(same))
 
 
-def test_it_is_known_where_no_object_is_if_others_are_beside_it(folder: Path) -> None:
+def test_it_is_known_where_other_objects_are(folder: Path) -> None:
     values = {"no_box": 0.0, "others": 1.0, "synthetic": 0.0, "zoom": 0.0, "inversion": 0.0}
     samples = _dataset(folder, tell_apart=1.0, **values).draw(range(40), 16)
-    known = [sample for sample in samples if sample.free is not None]
-    assert len(known) > 10, "the other ball is seldom far away"
+    known = [sample for sample in samples if sample.beside is not None]
+    assert sum(bool(sample.beside.any()) for sample in known) > 10
     for sample in known:
-        assert sample.prompts.others and not (sample.free & ~sample.inside).any()
-        core = torch.from_numpy(ndimage.binary_erosion(sample.target.numpy()))
-        assert not (sample.free & core).any(), "cells of the surface may count as either's"
-        # Both balls are brighter than what is around them.
-        balls = sample.image[sample.inside & ~sample.free]
-        assert float(balls.mean()) > float(sample.image[sample.free].quantile(0.95))
-    for other in ({"tell_apart": 0.0}, {"tell_apart": 1.0, "others": 0.0}):
-        assert all(s.free is None for s in _dataset(folder, **{**values, **other}).draw([0, 1], 16))
+        assert sample.prompts.others and set(sample.beside.unique().tolist()) <= {0, 2}
+        assert not (sample.beside[sample.target] > 0).any(), "balls do not touch"
+        # The other ball is brighter than what is around both of them.
+        other = sample.image[sample.beside == 2]
+        rest = sample.image[(sample.beside == 0) & ~sample.target]
+        assert not len(other) or float(other.mean()) > float(rest.quantile(0.9))
+    for changed in ({"tell_apart": 0.0}, {"tell_apart": 1.0, "others": 0.0}):
+        samples = _dataset(folder, **{**values, **changed}).draw([0, 1], 16)
+        assert all(sample.beside is None for sample in samples)
 
 
 def test_masks_may_be_told_apart_by_intensities(folder: Path) -> None:
@@ -212,7 +212,7 @@ def test_masks_may_be_told_apart_by_intensities(folder: Path) -> None:
     for (sample, mask), (told, other) in zip(*found, strict=True):
         assert mask is not None and other is not None
         before, after = dice_score(torch.stack([mask, other]), sample.target[None]).tolist()
-        if told.free is None:
+        if told.beside is None:
             assert torch.equal(mask, other)
         else:
             gains.append(after - before)
