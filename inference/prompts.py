@@ -73,8 +73,7 @@ def refiner_channels(
     """
     B, D, H, W = image.shape
     z_scores = normalise_window(image)
-    # Written in place: copying eleven large channels together afterwards takes as long as half of
-    # them.
+    # Written in place, in the order of CHANNELS: stacking them afterwards would copy them all.
     channels = z_scores.new_empty((B, len(CHANNELS), D, H, W))
     torch.div(z_scores, 1.5, out=channels[:, 0])
     if coarse is None:
