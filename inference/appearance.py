@@ -24,12 +24,12 @@ from inference.refinement import SURE, ObjectLogits, hull, merge
 _BINS = 64
 _KERNEL = np.array([0.055, 0.245, 0.4, 0.245, 0.055])  # Gaussian of 1.2 bins
 _WIDE_KERNEL = np.exp(-0.5 * (np.arange(-9, 10) / CLICK_BINS) ** 2)
+# Constants from here to _CLICKS_FOR_HALF are fitted on training cases.
 _CLICKS_WORTH = 1.0  # clicks that say as much of a histogram as a mask does
 _FLOOR = 2e-4  # of a density: what was never seen in a small object may still be there
 _CLIP = 5.0  # log-odds that intensities say at most
 _SIGMA = 0.7  # voxels: single ones are noise
 _TRUST = 1.75  # how much of them counts where nothing but the object decides on the intensity
-# (all fitted on training cases)
 #: Clicks after which an object without a box counts half as much as one with a box.
 _CLICKS_FOR_HALF = 2.0
 _MOST_VOXELS = 2**28  # of all logits together, 1 GiB: more are not held at once
