@@ -16,7 +16,13 @@ from inference.coarse import CoarseStage
 from inference.consensus import FLOOR, consensus
 from inference.geometry import Triple, Window
 from inference.look import BLURRING_CELL, Look
-from inference.memory import in_parts, is_out_of_memory, release_memory, windows_at_once
+from inference.memory import (
+    in_parts,
+    is_out_of_memory,
+    keep_freed_memory,
+    release_memory,
+    windows_at_once,
+)
 from inference.model.refiner import Refiner, load_refiners
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
@@ -367,6 +373,8 @@ class Segmenter:
             FileNotFoundError: there are no default weights.
         """
         place = choose_device(device)
+        if place.type == "cpu":
+            keep_freed_memory()
         bundle = weights if weights or (sam and not refiner) else find_weights()
         network = unboxed = coarse = None
         if refiner and bundle is not None:

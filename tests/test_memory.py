@@ -1,7 +1,13 @@
-"""Batches by free memory, and what happens when it runs out; a GPU's faults: test_cuda.py."""
+"""Batches by free memory, what happens when it runs out, and that freed memory is used again.
+
+A GPU's faults: test_cuda.py.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +15,7 @@ import pytest
 import torch
 
 from inference.case import Box, Case, ObjectPrompts
-from inference.memory import in_parts, windows_at_once
+from inference.memory import in_parts, keep_freed_memory, windows_at_once
 from inference.model.refiner import Refiner, RefinerConfig
 from inference.segmenter import Segmenter
 
@@ -125,3 +131,30 @@ def test_smaller_batches_give_the_same_result() -> None:
 def test_want_of_memory_on_the_cpu_is_an_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         _Tight(room=0).segment_case(_case(1))
+
+
+_FETCHES = """
+import resource, sys, torch
+from inference.memory import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for i in range(20):
+    if i == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(16 << 20) + torch.zeros(16 << 20)  # 64 MB each, and as much for the sum
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_not_fetched_again() -> None:
+    def pages(how: str) -> int:
+        command = [sys.executable, "-c", _FETCHES, how]
+        return int(subprocess.run(command, check=True, capture_output=True).stdout)
+
+    assert pages("kept") < 0.05 * pages("by default")
+
+
+def test_another_c_library_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    keep_freed_memory()

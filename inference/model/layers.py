@@ -32,6 +32,28 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+class Conv3d(nn.Conv3d):
+    """``nn.Conv3d``, on oneDNN's kernel wherever a CPU computes in float32.
+
+    PyTorch itself lays a single small window out as a matrix first, which takes up to ten times as
+    long (1x32x24^3, 3^3, two threads: 41 against 5 ms).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) -> (B, out, d, h, w)."""
+        if (
+            torch.backends.mkldnn.is_available()
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            padding, step = self.padding, self.stride
+            return torch.mkldnn_convolution(  # type: ignore[no-any-return,attr-defined]
+                x, self.weight, self.bias, padding, step, self.dilation, self.groups
+            )
+        return super().forward(x)
+
+
 class LayerNorm3d(nn.Module):
     """Layer normalisation over the channels of a (B, C, D, H, W) tensor, eps 1e-6."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inference.model.layers import Conv3d
 from inference.model.weights import load_state, read_weights, split_prefix
 
 #: Input channels in order; prompts.py makes them.
@@ -102,15 +103,20 @@ class ResidualBlock(nn.Module):
         """Make a block whose second convolution starts at zero, so that it starts as identity."""
         super().__init__()
         self.norm1 = nn.GroupNorm(8, channels)
-        self.conv1 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv1 = Conv3d(channels, channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(8, channels)
-        self.conv2 = nn.Conv3d(channels, channels, 3, padding=1)
+        self.conv2 = Conv3d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, d, h, w) -> the same shape."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(y)))  # type: ignore[no-any-return]
+        y = self.conv2(_activated(self.norm2, self.conv1(_activated(self.norm1, x))))
+        return x + y if torch.is_grad_enabled() else y.add_(x)  # type: ignore[no-any-return]
+
+
+def _activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """SiLU of the normalised x; in place where no gradient needs what lies between."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 def unfold(x: Tensor) -> Tensor:
@@ -132,9 +138,9 @@ class Refiner(nn.Module):
         super().__init__()
         self.config = config or RefinerConfig()
         widths, blocks = self.config.channels, self.config.blocks
-        self.stem = nn.Conv3d(len(CHANNELS), widths[0], 2, stride=2)
+        self.stem = Conv3d(len(CHANNELS), widths[0], 2, stride=2)
         self.down = nn.ModuleList(
-            nn.Conv3d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths)
+            Conv3d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths)
         )
         self.encoder = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(w) for _ in range(n)))
@@ -145,7 +151,7 @@ class Refiner(nn.Module):
         )
         self.decoder = nn.ModuleList(ResidualBlock(w) for w in widths[:-1])
         self.norm = nn.GroupNorm(8, widths[0])
-        self.head = nn.Conv3d(widths[0], 8, 3, padding=1)
+        self.head = Conv3d(widths[0], 8, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
         #: weights in the output's starting point of likelihood map, previous mask, shape prior and
@@ -186,7 +192,7 @@ class Refiner(nn.Module):
             skips.append(x)
         for level in reversed(range(len(self.decoder))):
             x = self.decoder[level](self.up[level](x) + skips[level])
-        residual = unfold(self.head(F.silu(self.norm(x)))).float()
+        residual = unfold(self.head(_activated(self.norm, x))).float()
         base = self.base.float()
         return (
             residual

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from inference.model.layers import MLP, LayerNorm3d, Linear
+from inference.model.layers import MLP, Conv3d, LayerNorm3d, Linear
 
 
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 4, 5, 24), (1, 24), (0, 24)])
@@ -29,6 +29,23 @@ def test_linear_elsewhere_is_the_usual_one() -> None:
     assert layer.weight.grad is not None
     assert torch.allclose(layer.weight.grad, x.sum(0).expand(7, -1), atol=1e-5)
     with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        assert layer.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("batch", "edge", "stride"), [(1, 24, 1), (3, 6, 1), (1, 8, 2)])
+def test_convolution_is_the_usual_one(batch: int, edge: int, stride: int) -> None:
+    layer = Conv3d(16, 8, 3, padding=1, stride=stride)
+    x = torch.randn(batch, 16, edge, edge, edge, requires_grad=True)
+    expected = F.conv3d(x, layer.weight, layer.bias, padding=1, stride=stride)
+    gradient = torch.autograd.grad(expected.square().sum(), [x, layer.weight])
+    result = layer(x)
+    for a, b in zip(torch.autograd.grad(result.square().sum(), [x, layer.weight]), gradient):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
+    with torch.inference_mode():
+        order = layer.to(memory_format=torch.channels_last_3d)
+        assert torch.allclose(order(x), expected, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         assert layer.double()(x.double()).dtype == torch.float64
