@@ -41,7 +41,8 @@ def test_convolution_is_the_usual_one(batch: int, edge: int, stride: int) -> Non
     expected = F.conv3d(x, layer.weight, layer.bias, padding=1, stride=stride)
     gradient = torch.autograd.grad(expected.square().sum(), [x, layer.weight])
     result = layer(x)
-    for a, b in zip(torch.autograd.grad(result.square().sum(), [x, layer.weight]), gradient):
+    found = torch.autograd.grad(result.square().sum(), [x, layer.weight])
+    for a, b in zip(found, gradient, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
     with torch.inference_mode():
         order = layer.to(memory_format=torch.channels_last_3d)
