@@ -139,9 +139,7 @@ class Refiner(nn.Module):
         self.config = config or RefinerConfig()
         widths, blocks = self.config.channels, self.config.blocks
         self.stem = Conv3d(len(CHANNELS), widths[0], 2, stride=2)
-        self.down = nn.ModuleList(
-            Conv3d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths)
-        )
+        self.down = nn.ModuleList(Conv3d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths))
         self.encoder = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(w) for _ in range(n)))
             for w, n in zip(widths, blocks, strict=True)
