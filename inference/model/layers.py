@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# None in a build without oneDNN.
+_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+# None in a build without it.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -42,14 +43,14 @@ class Conv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) -> (B, out, d, h, w)."""
         if (
-            torch.backends.mkldnn.is_available()
+            _ONEDNN
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and not torch.is_autocast_enabled("cpu")
+            and not isinstance(self.padding, str)
         ):
-            padding, step = self.padding, self.stride
-            return torch.mkldnn_convolution(  # type: ignore[no-any-return,attr-defined]
-                x, self.weight, self.bias, padding, step, self.dilation, self.groups
+            return torch.mkldnn_convolution(
+                x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
             )
         return super().forward(x)
 
