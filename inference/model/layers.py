@@ -36,8 +36,8 @@ class Linear(nn.Linear):
 class Conv3d(nn.Conv3d):
     """``nn.Conv3d``, on oneDNN's kernel wherever a CPU computes in float32.
 
-    Padding is with zeros. PyTorch itself lays a single small window out as a matrix first, which takes up to ten times as
-    long (1x32x24^3, 3^3, two threads: 41 against 5 ms).
+    Padding is with zeros. PyTorch itself lays a single small window out as a matrix first, which
+    takes up to ten times as long (1x32x24^3, 3^3, two threads: 41 against 5 ms).
     """
 
     def forward(self, x: Tensor) -> Tensor:
