@@ -204,10 +204,19 @@ def _doubt(prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor], mask: Te
         (a - p) ** 2 for a, p in zip(axes, (z, y, x), strict=True)
     )
     depth = torch.where(mask == positive, distance, torch.inf).amin().sqrt()
-    faces = sum(mask.diff(dim=axis).count_nonzero() for axis in range(3))
     # Three volumes over the surface, which steps along the grid make half as large again.
-    thickness = 4.5 * mask.count_nonzero() / torch.clamp_min(faces, 1)  # type: ignore[arg-type]
-    return (depth / thickness.clamp_min(0.5) / _WRONG_DEPTH).clamp_max(1) ** 2
+    radius = 4.5 * cells_a_face(mask)
+    return (depth / radius.clamp_min(0.5) / _WRONG_DEPTH).clamp_max(1) ** 2
+
+
+def cells_a_face(mask: Tensor) -> Tensor:
+    """How thick a (D, H, W) bool mask is: its cells over the cell faces of its surface.
+
+    A ball has 2/9 of its radius, a plate half its thickness. Where the mask ends with the grid it
+    has no surface.
+    """
+    faces = sum(mask.diff(dim=axis).count_nonzero() for axis in range(3))
+    return mask.count_nonzero() / torch.clamp_min(faces, 1)  # type: ignore[arg-type]
 
 
 def _box_maps(

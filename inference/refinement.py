@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inference.case import Click, ObjectPrompts
 from inference.geometry import Triple, Window, window_around
+from inference.prompts import cells_a_face
 from inference.resampling import resample
 
 #: Region of interest in boxes (DCM's recipe).
@@ -24,6 +25,11 @@ FIRST_LOOKS = (0.7, 1.4)
 #: Log-odds added everywhere before the first click: masks are too small then (chosen on training
 #: cases).
 BOX_ALONE = 0.3
+# Where a second pass is worth its time (chosen on training cases): above so many voxels a cell for
+# thin objects and for thick ones, which have so many cells to a face of their surface (a ball of a
+# radius of 11 cells has 2.4).
+_COARSE_CELL, _COARSE_CELL_OF_THICK = 1.25, 3.0
+_THICK = 2.4
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 #: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.
 SURE = 100.0
@@ -176,6 +182,29 @@ def touched_faces(
             )
         )
     return tuple(faces)
+
+
+def second_grid(
+    window: Window, found: Tensor, tile: int, tiles: int, multiple: int
+) -> Triple | None:
+    """Grid of the second pass; None where the first one has seen all there is.
+
+    What thick objects look like in short cells adds nothing; they need one tile at most.
+
+    Args:
+        window: the region and the first pass's grid.
+        found: (D, H, W) bool, what the first pass found there.
+        tile, tiles, multiple: as :func:`fine_shape` has them.
+    """
+    cell = max(window.cell)
+    if cell <= _COARSE_CELL:
+        return None
+    if float(cells_a_face(found)) >= _THICK:
+        if cell <= _COARSE_CELL_OF_THICK:
+            return None
+        tiles = 1
+    shape = fine_shape(window, tile, tiles, multiple)
+    return shape if np.prod(shape) > 1.5 * np.prod(window.shape) else None
 
 
 def fine_shape(window: Window, tile: int, tiles: int, multiple: int) -> Triple:

@@ -33,10 +33,10 @@ from inference.refinement import (
     FIRST_LOOKS,
     ObjectLogits,
     bounding_boxes,
-    fine_shape,
     first_windows,
     honour_clicks,
     merge,
+    second_grid,
     to_voxels,
 )
 from inference.resampling import resample, to_tensor, transfer
@@ -48,7 +48,6 @@ Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 #: training cases).
 _CLOSER_COUNTS = 2.0
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
-_COARSE_CELL = 1.25  # voxels: from here on a second pass is worth its time
 #: From this click on a mask without a box is large and small as its object is (likewise).
 _SIZE_KNOWN = 4
 #: Share of the first pass in what it and the second one find together: one sees more around the
@@ -304,13 +303,14 @@ class Segmenter:
         return honour_clicks(result, looks[0].prompts.clicks)
 
     def _voxels(self, look: Look, tiles: int, floor: float = 0.0) -> ObjectLogits:
-        """Second pass where the grid is coarser than the volume, then voxels."""
+        """Second pass where it is worth its time, then voxels."""
         assert look.logits is not None
         window, logits = look.window, look.logits
         refiner = self._asks(look.prompts)
-        if refiner is not None and max(window.cell) > _COARSE_CELL:
-            shape = fine_shape(window, _TILE, tiles, refiner.config.stride)
-            if np.prod(shape) > 1.5 * np.prod(window.shape):
+        if refiner is not None:
+            found = (logits > 0) & (self._inside(window) > 0)
+            shape = second_grid(window, found, _TILE, tiles, refiner.config.stride)
+            if shape is not None:
                 window, logits = self._second_pass(refiner, look, shape)
         if look.prompts.box is not None and look.previous is None and not look.prompts.clicks:
             logits = logits + BOX_ALONE

@@ -10,6 +10,7 @@ from inference.geometry import Window
 from inference.model.refiner import CHANNELS
 from inference.prompts import (
     WindowPrompts,
+    cells_a_face,
     normalise_window,
     refiner_channels,
     shifted,
@@ -146,3 +147,13 @@ def test_normalisation_ignores_scale_and_offset() -> None:
         normalise_window(37 * image + 1000), normalise_window(image), atol=1e-3, rtol=1e-3
     )
     assert not normalise_window(torch.full((1, 4, 4, 4), 7.0)).any()
+
+
+def test_thickness_is_cells_to_a_face() -> None:
+    mask = torch.zeros(48, 48, 48, dtype=torch.bool)
+    assert float(cells_a_face(mask)) == 0
+    mask[2:4, 1:7, 1:7] = True
+    assert float(cells_a_face(mask)) == pytest.approx(2 * 36 / (2 * 36 + 4 * 12))
+    z, y, x = torch.meshgrid(*[torch.arange(48.0) - 23.5] * 3, indexing="ij")
+    ball = (z**2 + y**2 + x**2) < 18**2
+    assert float(cells_a_face(ball)) == pytest.approx(2 / 9 * 18, rel=0.03)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +20,7 @@ from inference.refinement import (
     grown_window,
     honour_clicks,
     merge,
+    second_grid,
     touched_faces,
 )
 from inference.sliding_window import tile_grid
@@ -153,6 +156,29 @@ def test_the_fine_grid_is_the_volumes_own_where_tiles_allow() -> None:
     assert fine_shape(window, 128, 4, 16) == (96, 224, 80)
     assert fine_shape(window, 128, 1, 16) == (96, 128, 80)
     assert fine_shape(Window((0, 0, 0), (160, 128, 64), (64,) * 3), 128, 4, 16) == (128, 128, 64)
+
+
+def _ball(radius: float) -> torch.Tensor:
+    z, y, x = torch.meshgrid(*[torch.arange(48.0) - 23.5] * 3, indexing="ij")
+    return (z**2 + y**2 + x**2) < radius**2
+
+
+@pytest.mark.parametrize(
+    ("voxels", "thick", "thin"),
+    [
+        (60, None, None),  # a cell is 1.25 voxels long
+        (96, None, (96, 96, 96)),
+        (144, None, (128, 128, 128)),
+        (160, (128, 128, 128), (128, 128, 128)),
+        (400, (128, 128, 128), (128, 224, 224)),
+    ],
+)
+def test_a_second_pass_is_for_thin_objects_and_for_long_cells(
+    voxels: int, thick: tuple[int, int, int] | None, thin: tuple[int, int, int] | None
+) -> None:
+    window = Window((0, 0, 0), (voxels,) * 3, (48,) * 3)
+    assert second_grid(window, _ball(13), 128, 4, 16) == thick
+    assert second_grid(window, _ball(8), 128, 4, 16) == thin
 
 
 @given(st.data())
