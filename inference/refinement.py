@@ -25,10 +25,10 @@ FIRST_LOOKS = (0.7, 1.4)
 #: Log-odds added everywhere before the first click: masks are too small then (chosen on training
 #: cases).
 BOX_ALONE = 0.3
-# Where a second pass is worth its time (chosen on training cases): above so many voxels a cell for
-# thin objects and for thick ones, which have so many cells to a face of their surface (a ball of a
-# radius of 11 cells has 2.4).
+#: Voxels: in longer cells a second pass is worth its time, of thin objects and of thick ones (this
+#: and the next chosen on training cases).
 _COARSE_CELL, _COARSE_CELL_OF_THICK = 1.25, 3.0
+#: Cells to a face of its surface from which on an object is thick: a ball of a radius of 11 cells.
 _THICK = 2.4
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 #: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.
@@ -187,9 +187,9 @@ def touched_faces(
 def second_grid(
     window: Window, found: Tensor, tile: int, tiles: int, multiple: int
 ) -> Triple | None:
-    """Grid of the second pass; None where the first one has seen all there is.
+    """Grid of the second pass; None where it would add nothing to the first one.
 
-    What thick objects look like in short cells adds nothing; they need one tile at most.
+    For thick objects that is so up to three voxels a cell, and one tile does as well as more.
 
     Args:
         window: the region and the first pass's grid.
