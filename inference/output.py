@@ -64,8 +64,11 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(descriptor)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, SystemExit | KeyboardInterrupt):
+            # Stopped with a member of the archive just opened, which then cannot be closed.
+            raise error.__context__ from None
         raise
     with contextlib.suppress(OSError):  # not every file system can flush a folder
         folder = os.open(path.parent, os.O_RDONLY)

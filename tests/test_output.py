@@ -227,3 +227,22 @@ def test_what_is_no_label_map_is_refused(tmp_path: Path, labels: np.ndarray[Any,
 def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         save_segmentation(tmp_path / "no" / "a.npz", LABELS)
+
+
+@pytest.mark.parametrize("stop", [SystemExit(143), KeyboardInterrupt()])
+def test_a_stop_while_a_member_is_opened_is_no_fault_of_the_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    """Then zipfile complains that the member is still open, and the stop must not be lost."""
+    opened = zipfile.ZipFile.open
+
+    def stopped(*arguments: Any, **more: Any) -> None:
+        left_open.append(opened(*arguments, **more))
+        raise stop
+
+    left_open: list[Any] = []
+    monkeypatch.setattr(zipfile.ZipFile, "open", stopped)
+    with pytest.raises(type(stop)) as caught:
+        save_segmentation(tmp_path / "a.npz", np.zeros((2, 3, 4), np.uint8))
+    assert caught.value is stop
+    assert not list(tmp_path.iterdir())
