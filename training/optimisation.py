@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import Config
+from training.muon import Muon
 
 #: First and last layer of the refiner: for Muon only what lies between them is a matrix.
 _ENDS = ("stem.", "head.")
@@ -55,9 +56,7 @@ class Optimisation:
                 if _is_matrix(name, p, config)
             ]
             views = [view for _, view in self._matrices]
-            self.optimisers.append(
-                torch.optim.Muon(views, lr=config.lr, adjust_lr_fn="match_rms_adamw")
-            )
+            self.optimisers.append(Muon(views, config.lr))
             self._rates.append(config.lr)
             self._decays.append(config.weight_decay)
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from inference.memory import keep_freed_memory
 from training.checkpoint import build_network
 from training.config import Config
 from training.coreset import read_case_list
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    keep_freed_memory()
     try:
         config = Config.load(options.config, options.set)
         with joined(options.device) as world:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tests.training.balls import TINY_SAM, config
 from training.checkpoint import build_network
 from training.config import Config
+from training.muon import Muon, orthogonalised
 from training.optimisation import Optimisation, rate_factor
 
 
@@ -78,6 +80,41 @@ def test_muon_makes_the_changes_of_inner_convolutions_orthogonal() -> None:
         # The iteration leaves singular values of .7 to 1.2 instead of 1.
         assert 0.68 < float(matrix.norm()) / size < 1.2, name
     assert inner == 8
+
+
+def test_muon_does_what_the_library_does_and_goes_on_from_its_state() -> None:
+    """But for bfloat16's rounding; tall and wide matrices, two of one shape, one at rest."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((24, 60), (60, 24), (24, 60), (7, 7))]
+    ours, theirs = ([matrix.clone() for matrix in start] for _ in range(2))
+    own = Muon(ours, 0.01)
+    library = torch.optim.Muon(theirs, lr=0.01, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        if step == 2:
+            own.load_state_dict(copy.deepcopy(library.state_dict()))
+        for mine, other in zip(ours[:3], theirs[:3], strict=True):
+            mine.grad = other.grad = torch.randn_like(mine)
+        before = [matrix.clone() for matrix in ours[:3]]
+        assert own.step() is None
+        library.step()
+        for mine, other, old in zip(ours[:3], theirs[:3], before, strict=True):
+            assert (mine - other).norm() < 0.05 * (mine - old).norm(), step
+            other.copy_(mine)
+    assert torch.equal(ours[3], start[3])
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-4])
+def test_a_matrix_is_made_orthogonal_as_exactly_as_the_plain_iteration(smallest: float) -> None:
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(32, 200), full_matrices=False)
+    matrix = left * torch.logspace(0, math.log10(smallest), 32) @ right
+    expected = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        square = expected @ expected.T
+        expected = (3.4445 * torch.eye(32) - 4.775 * square + 2.0315 * square @ square) @ expected
+    found = orthogonalised(matrix[None], (3.4445, -4.775, 2.0315), 5, 1e-7)[0]
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert orthogonalised(torch.zeros(2, 3, 4), (3.4445, -4.775, 2.0315), 5, 1e-7).abs().max() == 0
 
 
 def test_weights_decay_with_both_optimisers() -> None:
