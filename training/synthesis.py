@@ -12,15 +12,19 @@ from training.augmentation import Chance
 
 _SEEDS = 20  # supervoxels of a window
 _MAX_LABELS = 12  # of a random label map
+_BEADS = 40  # balls that a tube is made of
 
 
 def paint(labels: Tensor, chance: Chance) -> Tensor:
     """A synthetic image of a (D, H, W) integer label window (after SynthSeg, Billot et al. 2023).
 
     Each label gets a random mean and texture; then shading, blur and noise, and sometimes the
-    resolution of thick slices. Returns about 0..1 floats.
+    resolution of thick slices. In every other image some labels are of two tissues. Returns about
+    0..1 floats.
     """
     rng, index = chance.rng, labels.long()
+    if chance.happens(0.5):
+        index = with_two_tissues(index, chance)
     count = int(index.max()) + 1
     means = torch.from_numpy(rng.uniform(0, 1, count).astype(np.float32)).to(labels.device)
     spread = torch.from_numpy(rng.uniform(0, 0.12, count).astype(np.float32)).to(labels.device)
@@ -33,6 +37,27 @@ def paint(labels: Tensor, chance: Chance) -> Tensor:
     if chance.happens(0.2):
         image = _thick_slices(image, int(rng.integers(3)), chance)
     return image + chance.between(0, 0.06) * chance.noise(image)
+
+
+def with_two_tissues(index: Tensor, chance: Chance) -> Tensor:
+    """Labels of which some have a rim of another one, as bones, or two parts, as what is dissected.
+
+    About a quarter of the labels get a rim of one cell, and a quarter two parts.
+
+    Args:
+        index: (D, H, W) int64 labels.
+        chance: draws which, and where parts meet.
+
+    Returns:
+        (D, H, W) int64; what is painted alike has one number, and no two labels share one.
+    """
+    count = int(index.max()) + 1
+    shares = torch.from_numpy(chance.rng.random(count).astype(np.float32)).to(index.device)[index]
+    padded = torch.nn.functional.pad(index[None].float(), (1, 1, 1, 1, 1, 1), mode="replicate")
+    most, least = (torch.nn.functional.max_pool3d(sign * padded, 3, 1)[0] for sign in (1, -1))
+    rim = (most != -least) & (shares < 0.25)
+    part = (chance.field(index.float()) > 0) & (shares > 0.75)
+    return index + count * (rim | part)
 
 
 def supervoxel(image: Tensor, chance: Chance) -> Tensor:
@@ -76,7 +101,7 @@ def random_shape(like: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
     """A random label map and one of its objects, both of the shape of ``like`` (D, H, W).
 
     Either the largest of several smooth noise fields (as SynthMorph, Hoffmann et al. 2022), cut to
-    a blob, or a bent tube among such fields.
+    a blob, or a bent tube among such fields; a quarter of them look like one of the fields.
 
     Returns:
         Integer labels and the bool mask of the object; every label is to be painted as one.
@@ -97,22 +122,25 @@ def random_shape(like: Tensor, chance: Chance) -> tuple[Tensor, Tensor]:
             mask &= labels == labels[tuple(n // 2 for n in like.shape)]
     else:
         mask = _tube((z, y, x), chance)
-    return torch.where(mask, count, labels), mask
+    alike = int(rng.integers(count)) if chance.happens(0.25) else count
+    return torch.where(mask, alike, labels), mask
 
 
 def _tube(axes: tuple[Tensor, Tensor, Tensor], chance: Chance) -> Tensor:
-    """A tube of varying radius along a curve through the middle of the window."""
+    """A tube of varying radius along a cubic Bezier curve: straight, bent or a hook."""
     rng = chance.rng
-    order = rng.permutation(3)
-    along, first, second = (axes[i] for i in order)
-    length = chance.between(0.4, 0.7)
-    centres = []
-    for _ in range(2):
-        amplitude, turns, phase = rng.uniform(0.05, 0.35), rng.uniform(0.5, 2.5), rng.uniform(0, 6)
-        centres.append(amplitude * (torch.sin(turns * 3 * along + phase) - np.sin(phase)))
-    radius = chance.between(0.06, 0.2) * (1 + 0.3 * torch.sin(chance.between(1, 6) * along))
-    distance = (first - centres[0]).square() + (second - centres[1]).square()
-    return (distance < radius.square()) & (along.abs() < length)
+    ends = rng.normal(size=(4, 3)) * rng.uniform(0.3, 1, 3)
+    t = np.linspace(0, 1, _BEADS)[:, None]
+    weights = np.hstack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
+    curve = weights @ ends
+    curve -= (curve.min(0) + curve.max(0)) / 2
+    curve *= chance.between(0.4, 0.7) / curve.max()
+    radii = chance.between(0.06, 0.2) * (1 + 0.3 * np.sin(chance.between(1, 6) * t[:, 0]))
+    mask = torch.zeros_like(axes[0], dtype=torch.bool)
+    for centre, radius in zip(curve, radii, strict=True):
+        parts = [(axis - c).square() for axis, c in zip(axes, centre, strict=True)]
+        mask |= parts[0] + parts[1] + parts[2] < radius**2
+    return mask
 
 
 def _thick_slices(image: Tensor, axis: int, chance: Chance) -> Tensor:

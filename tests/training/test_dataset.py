@@ -16,7 +16,7 @@ from training.dataset import Sample, WindowDataset
 from training.losses import dice_score
 from training.refiner_rounds import RefinerRounds
 from training.scores import Scores
-from training.synthesis import random_shape, supervoxel
+from training.synthesis import random_shape, supervoxel, with_two_tissues
 from training.volumes import load_folder
 
 
@@ -280,13 +280,36 @@ def test_supervoxels_follow_the_image() -> None:
     assert np.mean(inside) > 0.8
 
 
-def test_random_shapes_differ_and_are_labelled_alone() -> None:
-    sizes = set()
-    for seed in range(10):
+def test_random_shapes_differ_and_look_like_nothing_beside_them_most_times() -> None:
+    sizes, alone = [], []
+    for seed in range(40):
         labels, mask = random_shape(torch.zeros(24, 24, 24), Chance(seed, torch.device("cpu")))
-        assert torch.equal(labels == labels.max(), mask) or not mask.any()
-        sizes.add(int(mask.sum()))
-    assert len(sizes) > 7
+        assert mask.any() and not mask.all()
+        (own,) = labels[mask].unique()
+        sizes.append(int(mask.sum()))
+        alone.append(not bool((labels[~mask] == own).any()))
+    assert len(set(sizes)) > 35
+    assert 24 <= sum(alone) < 40
+
+
+def test_labels_of_two_tissues_have_a_rim_or_two_parts() -> None:
+    labels = torch.zeros(24, 24, 24, dtype=torch.int64)
+    labels[6:18, 6:18, 6:18] = 1
+    core = torch.zeros_like(labels, dtype=torch.bool)
+    core[7:17, 7:17, 7:17] = True
+    seen = []
+    for seed in range(40):
+        painted = with_two_tissues(labels, Chance(seed, torch.device("cpu")))
+        cube, other = painted[labels == 1].unique(), painted[labels == 0].unique()
+        assert len(cube) <= 2 and not set(cube.tolist()) & set(other.tolist())
+        inside = painted[core].unique()
+        rim = len(cube) == 2 and len(inside) == 1
+        if rim:
+            assert bool((painted[(labels == 1) & ~core] == cube.max()).all())
+        seen.append("one" if len(cube) == 1 else "rim" if rim else "parts")
+    assert {kind: seen.count(kind) >= 4 for kind in ("one", "rim", "parts")} == dict.fromkeys(
+        ("one", "rim", "parts"), True
+    )
 
 
 def test_sloppy_boxes_are_off_by_a_little(folder: Path) -> None:
