@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -111,5 +112,7 @@ def test_from_an_archive_to_weights_and_figures_in_one_command(tmp_path: Path) -
         )
         assert done.returncode == 0, done.stderr
         _, metadata = read_weights(out / "weights.safetensors")
-        assert f'"steps": {steps}' in metadata["training"]
+        for part, share in (("refiner_training", 0.0), ("unboxed_training", 1.0)):
+            told = json.loads(metadata[part])
+            assert (told["steps"], told["config"]["no_box"]) == (int(steps), share)
     assert (out / "box" / "summary.csv").is_file() and (out / "nobox" / "report.html").is_file()
