@@ -47,8 +47,8 @@ class Config:
             supervoxel of a real image as the object, and of a painted random shape.
         flip: probability for each axis; permute: of permuted axes; warp: of a rotated, sheared
             and elastically deformed window.
-        upright: probability that a window of CT or MR is neither flipped nor permuted: which way
-            is up tells what an organ is.
+        upright: probability that a window of CT or MR is neither permuted nor flipped but from left
+            to right (x): which way is up tells what an organ is.
         gamma, inversion, low_resolution, blur, shading, noise: probabilities of these changes of
             intensities.
 

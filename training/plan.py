@@ -212,7 +212,8 @@ class Planner:
                 elif share < first + near:
                     window = about_click(view, edge, rng)
         scale, origin = _of_window(window, order)
-        flips = (rng.random(3) < config.flip) & (not upright)
+        flips = rng.random(3) < config.flip
+        flips[:2] &= not upright  # left and right look alike
         turn, bend = np.diag(np.where(flips, -1.0, 1.0)), None
         warped = whole_window is None and rng.random() < config.warp
         if warped:

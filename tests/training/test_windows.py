@@ -283,9 +283,11 @@ def test_ct_and_mr_stay_upright_and_others_do_not(tmp_path: Path, other: str) ->
 
     def turned(modality: str) -> float:
         few = [p for p in plans if planner._store.volumes[p.volume].modality == modality]
-        still = [bool((np.diag(p.turn) > 0).all() and np.diag(p.scale).all()) for p in few]
+        sides = np.mean([p.turn[2, 2] < 0 for p in few])
+        assert sides == pytest.approx(0.5, abs=0.09), "left and right always may"
+        still = [bool((np.diag(p.turn)[:2] > 0).all() and np.diag(p.scale).all()) for p in few]
         return 1 - float(np.mean(still))
 
-    usually = 1 - (0.5 + 0.5 / 6) * 0.5**3  # at random: no flip, no axis elsewhere
+    usually = 1 - (0.5 + 0.5 / 6) * 0.5**2  # at random: no flip, no axis elsewhere
     assert turned("CT") == pytest.approx(0.2 * usually, abs=0.07)
     assert turned(other) == pytest.approx(usually, abs=0.07)
