@@ -1,0 +1,56 @@
+"""Cases bent so that no network knows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.training.balls import write_balls
+from training.evaluation.labelled_case import load_labelled_case
+from training.evaluation.unfamiliar import main, unfamiliar
+
+
+def test_image_and_labels_are_bent_alike_and_by_the_seed() -> None:
+    z, y, x = np.indices((40, 44, 48))
+    ball = ((z - 20) ** 2 + (y - 22) ** 2 + (x - 24) ** 2 < 14**2).astype(np.uint8)
+    image = (150 * ball + 50).astype(np.uint8)
+    bent, labels = unfamiliar(image, ball, "a")
+    assert bent.shape == labels.shape == ball.shape and bent.dtype == labels.dtype == np.uint8
+    both = 2 * np.count_nonzero(labels & ball) / (labels.sum(dtype=int) + ball.sum(dtype=int))
+    assert 0.7 < both < 0.98, "moved, but not away"
+    # The ball stays the brighter part, and exactly where the labels say: shading is smooth.
+    inside, outside = bent[labels == 1].astype(float), bent[labels == 0].astype(float)
+    threshold = (np.median(inside) + np.median(outside)) / 2
+    assert np.mean((bent > threshold) == labels) > 0.97
+    again = unfamiliar(image, ball, "a")
+    assert all(np.array_equal(a, b) for a, b in zip(again, (bent, labels), strict=True))
+    assert not np.array_equal(unfamiliar(image, ball, "b")[1], labels)
+
+
+def test_what_is_empty_stays_empty() -> None:
+    image = np.zeros((20, 20, 20), np.uint8)
+    image[:, :, 15:] = 200
+    bent, _ = unfamiliar(image, image // 200, "a")
+    assert not bent[:, :, :8].any()
+
+
+def test_bent_cases_can_be_evaluated_and_faults_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cases").mkdir()
+    cases = write_balls(tmp_path / "cases")
+    (cases / "CT_broken.npz").write_bytes(b"no archive")
+    out = tmp_path / "out"
+    assert main(["--cases", str(cases), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "CT_broken.npz" in error and error.count("\n") == 1
+    names = {path.name for path in cases.glob("*.npz")} - {"CT_broken.npz"}
+    assert {path.name for path in out.iterdir()} == names
+    for name in names:
+        case = load_labelled_case(out / name)
+        before = load_labelled_case(cases / name)
+        assert case.has_boxes and case.reference.labels == before.reference.labels
+    assert main(["--cases", str(out / "nowhere"), "--out", str(out)]) == 1
+    assert "no .npz" in capsys.readouterr().err
