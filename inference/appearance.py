@@ -25,7 +25,7 @@ _BINS = 64
 _KERNEL = np.array([0.055, 0.245, 0.4, 0.245, 0.055])  # Gaussian of 1.2 bins
 _WIDE_KERNEL = np.exp(-0.5 * (np.arange(-9, 10) / CLICK_BINS) ** 2)
 # Constants from here to _CLICKS_FOR_HALF are fitted on training cases.
-_CLICKS_WORTH = 1.0  # clicks that say as much of a histogram as a mask does
+_CLICKED = 0.5  # share of clicks, however many, in a histogram: they lie where a mask was wrong
 _FLOOR = 2e-4  # of a density: what was never seen in a small object may still be there
 _CLIP = 5.0  # log-odds that intensities say at most
 _SIGMA = 0.7  # voxels: single ones are noise
@@ -193,13 +193,14 @@ def _log_ratios(
     Args:
         counts: (256, bins) voxels.
         clicked: (n, bins) of a label: densities about its n clicks. Masks may be wrong, clicks
-            are not, so the more of them the less the mask's own histogram counts.
+            are not; but the next ones lie where intensities or the network misled, and are not
+            typical, so all of them count as much as the mask does.
     """
     density = np.apply_along_axis(_smoothed, 1, counts, _KERNEL)
     density /= np.maximum(density.sum(1, keepdims=True), 1e-6)
     for label, about in clicked.items():
         if len(about):
-            share = len(about) / (len(about) + _CLICKS_WORTH) if density[label].any() else 1.0
+            share = _CLICKED if density[label].any() else 1.0
             said = _smoothed(about.mean(0), _WIDE_KERNEL)
             density[label] = (1 - share) * density[label] + share * said / said.sum()
     density += _FLOOR

@@ -171,6 +171,19 @@ def test_clicks_say_what_an_object_looks_like_where_its_mask_is_wrong() -> None:
     assert after[1] <= after[2] <= after[4], after
 
 
+def test_clicks_count_as_much_as_the_mask_however_many_there_are() -> None:
+    """They lie where masks were wrong, so five of them are not five times the truth."""
+    image, truth = _nested()
+    bright = (4, 13, 14)
+    assert truth[bright] == 1
+    labels = np.where(truth == 2, 1, 2 * (truth == 1)).astype(np.uint8)
+    none, one, five = (intensities_say(image, labels, [bright] * n, 5, True) for n in (0, 1, 5))
+    shell, core = truth == 1, truth == 2
+    assert none[shell].mean() < 0 < one[shell].mean(), "the click is heard"
+    assert one[core].mean() > 0.9 * none[core].mean(), "and so is the mask"
+    np.testing.assert_allclose(five, one, rtol=1e-6)
+
+
 def test_a_click_outside_of_what_the_objects_cover_says_nothing() -> None:
     image, _ = _nested()
     covered = [ObjectLogits(o.label, (4, 4, 4), o.logits[4:20, 4:22, 4:24]) for o in _guesses()]
