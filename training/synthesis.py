@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from inference.likelihood import smooth
 from inference.resampling import resample
@@ -53,8 +54,8 @@ def with_two_tissues(index: Tensor, chance: Chance) -> Tensor:
     """
     count = int(index.max()) + 1
     shares = torch.from_numpy(chance.rng.random(count).astype(np.float32)).to(index.device)[index]
-    padded = torch.nn.functional.pad(index[None].float(), (1, 1, 1, 1, 1, 1), mode="replicate")
-    most, least = (torch.nn.functional.max_pool3d(sign * padded, 3, 1)[0] for sign in (1, -1))
+    padded = F.pad(index[None].float(), (1, 1, 1, 1, 1, 1), mode="replicate")
+    most, least = (F.max_pool3d(sign * padded, 3, 1)[0] for sign in (1, -1))
     rim = (most != -least) & (shares < 0.25)
     part = (chance.field(index.float()) > 0) & (shares > 0.75)
     return index + count * (rim | part)

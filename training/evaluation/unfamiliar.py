@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from inference.npz import NpzFile
+from training.augmentation import Chance
 from training.raw_case import challenge_boxes
 
 _BEND = 0.025  # of an edge, standard deviation of the displacement at a knot
@@ -43,26 +45,17 @@ def unfamiliar(
         Both, of the same shape; a label may have lost all of its voxels. Intensities of 0 stay 0
         where no other one is near.
     """
-    random = np.random.default_rng(zlib.crc32(seed.encode()))
-    shape = image.shape
-    at = np.indices(shape, np.float32)
-    for axis, n in enumerate(shape):
-        at[axis] += _BEND * n * _field(shape, _KNOTS, random)
+    chance = Chance(zlib.crc32(seed.encode()), torch.device("cpu"))
+    like = torch.empty(image.shape)
+    at = np.indices(image.shape, np.float32)
+    for axis, n in enumerate(image.shape):
+        at[axis] += _BEND * n * chance.field(like, _KNOTS).numpy()
     values = ndimage.map_coordinates(image.astype(np.float32), at, order=1, mode="nearest")
-    values = 255 * (values / 255) ** np.exp(random.normal(0, _GAMMA))
-    values *= np.exp(_SHADING * _field(shape, 3, random))
-    values += _NOISE * random.standard_normal(shape, np.float32) * (values > 0)
+    values = 255 * (values / 255) ** np.exp(chance.rng.normal(0, _GAMMA))
+    values *= np.exp(_SHADING * chance.field(like).numpy())
+    values += _NOISE * chance.noise(like).numpy() * (values > 0)
     bent = ndimage.map_coordinates(labels, at, order=0, mode="nearest")
     return values.round().clip(0, 255).astype(np.uint8), bent
-
-
-def _field(shape: tuple[int, ...], knots: int, random: np.random.Generator) -> NDArray[np.float32]:
-    """Independent normal numbers at (knots,) * 3 places, interpolated."""
-    coarse = random.standard_normal((knots,) * 3, np.float32)
-    zoom = [n / knots for n in shape]
-    return np.asarray(
-        ndimage.zoom(coarse, zoom, order=3, grid_mode=True, mode="nearest"), np.float32
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
