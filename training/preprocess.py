@@ -254,7 +254,7 @@ def _convert_one(case: RawCase, file: str, how: Conversion, out: Path) -> Row:
     try:
         row["fingerprint"] = how.fingerprint(case)  # before: files that change meanwhile show
         arrays, record = convert(case, how)
-        _save(out / file, arrays)
+        save_case(out / file, arrays)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error) or type(error).__name__
         return row | {"status": "refused", "file": "", "reason": " ".join(reason.split())}
@@ -262,7 +262,7 @@ def _convert_one(case: RawCase, file: str, how: Conversion, out: Path) -> Row:
     return row | {"status": "done"} | texts
 
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def save_case(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Write an npz that appears under its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.part")  # the next run takes the same name

@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from inference.npz import NpzFile
 from training.augmentation import Chance
+from training.evaluation.labelled_case import load_labelled_case
+from training.preprocess import save_case
 from training.raw_case import challenge_boxes
 
 _BEND = 0.025  # of an edge, standard deviation of the displacement at a knot
@@ -38,7 +39,7 @@ def unfamiliar(
 
     Args:
         image: (D, H, W) uint8.
-        labels: (D, H, W) uint8.
+        labels: (D, H, W) integers.
         seed: the same text gives the same changes.
 
     Returns:
@@ -59,7 +60,7 @@ def unfamiliar(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: write bent cases; returns the exit status, 1 if one could not be read."""
+    """Command line: write bent cases; returns the exit status, 1 if one is left out."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--cases", type=Path, required=True, help="challenge files with gts")
     parser.add_argument("--out", type=Path, required=True, help="where files of their names go")
@@ -68,24 +69,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not paths:
         print(f"error: {options.cases}: no .npz; accepted: challenge files", file=sys.stderr)
         return 1
-    options.out.mkdir(parents=True, exist_ok=True)
     status = 0
     for path in paths:
         try:
-            with NpzFile(path) as file:
-                image, labels = (file[key].astype(np.uint8) for key in ("imgs", "gts"))
-                spacing = file["spacing"]
-        except (OSError, KeyError, ValueError) as error:
-            print(f"error: {path}: {error}; accepted: imgs, gts, spacing", file=sys.stderr)
+            case = load_labelled_case(path, boxes=False)
+            image = case.arrays["imgs"]
+            if image.min() < 0 or image.max() > 255:
+                raise ValueError(
+                    f"{path.name}: intensities {image.min()} to {image.max()}; accepted: 0 to 255"
+                )
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
             status = 1
             continue
-        image, labels = unfamiliar(image, labels, path.name)
+        image, labels = unfamiliar(image.astype(np.uint8), case.reference.voxels, path.name)
         left = np.unique(labels[labels > 0])
         labels = ((np.searchsorted(left, labels) + 1) * (labels > 0)).astype(np.uint8)
+        arrays = {"imgs": image, "gts": labels, "spacing": case.arrays["spacing"]}
         boxes = challenge_boxes(labels, path.name)
-        part = options.out / f".{path.name}"
-        np.savez_compressed(part, imgs=image, gts=labels, spacing=spacing, boxes=boxes)
-        part.replace(options.out / path.name)
+        save_case(options.out / path.name, {**arrays, "boxes": boxes})
     return status
 
 

@@ -42,11 +42,16 @@ def test_bent_cases_can_be_evaluated_and_faults_are_told(
     (tmp_path / "cases").mkdir()
     cases = write_balls(tmp_path / "cases")
     (cases / "CT_broken.npz").write_bytes(b"no archive")
+    gts = np.ones((9, 9, 9), np.uint8)
+    np.savez(cases / "CT_raw.npz", imgs=np.full((9, 9, 9), 900.0), gts=gts, spacing=[1, 1, 1])
+    np.savez(cases / "CT_short.npz", imgs=gts[:8], gts=gts, spacing=[1, 1, 1])
     out = tmp_path / "out"
     assert main(["--cases", str(cases), "--out", str(out)]) == 1
     error = capsys.readouterr().err
-    assert "CT_broken.npz" in error and error.count("\n") == 1
-    names = {path.name for path in cases.glob("*.npz")} - {"CT_broken.npz"}
+    faulty = {"CT_broken.npz", "CT_raw.npz", "CT_short.npz"}
+    assert all(name in error for name in faulty) and error.count("\n") == len(faulty)
+    assert "900.0; accepted: 0 to 255" in error
+    names = {path.name for path in cases.glob("*.npz")} - faulty
     assert {path.name for path in out.iterdir()} == names
     for name in names:
         case = load_labelled_case(out / name)
