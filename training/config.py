@@ -45,6 +45,7 @@ class Config:
             logits.
         synthetic, supervoxels, shapes: probabilities of an image painted on a label map, of a
             supervoxel of a real image as the object, and of a painted random shape.
+        joined: probability that an object is taken for one with another one beside it.
         flip: probability for each axis; permute: of permuted axes; warp: of a rotated, sheared
             and elastically deformed window.
         upright: probability that a window of CT or MR is neither permuted nor flipped but from left
@@ -120,6 +121,7 @@ class Config:
     synthetic: float = 0.18
     supervoxels: float = 0.0
     shapes: float = 0.0
+    joined: float = 0.0
     flip: float = 0.5
     permute: float = 0.25
     upright: float = 0.0
@@ -249,6 +251,7 @@ class Config:
 
 _PROBABILITIES = (
     *("no_box", "others", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
+    "joined",
     *("flip", "permute", "upright", "warp", "gamma", "inversion", "low_resolution", "blur"),
     *("shading", "noise", "click_slack", "no_click", "poor_mask", "tell_apart"),
     *("no_mask", "ema"),

@@ -173,7 +173,7 @@ class WindowDataset:
         if not self._config.tell_apart or not plan.label or not prompted:
             return None
         (labels,), _, _ = cut_windows(self.store, [plan], shown=False)
-        labels[labels == plan.label] = 0
+        labels[(labels == plan.label) | (labels == plan.also)] = 0
         found, numbers = labels.unique(return_inverse=True)
         numbers += int(found[0] > 0)  # no cell is free
         return torch.where(numbers > 0, numbers + 1, 0).clamp_max(255).to(torch.uint8)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from inference.geometry import Window
 from training.config import Config
 from training.view import View, about_box, about_click, first_look, public_window, zoomed_window
-from training.volumes import Point, TrainingObject, VolumeStore
+from training.volumes import LabelledVolume, Point, TrainingObject, VolumeStore, joined
 
 Kind = Literal["real", "painted", "supervoxel", "shape"]
 
@@ -36,6 +36,7 @@ class Plan:
         kind: what the object is.
         volume: index in the store.
         label: of the object; 0 where it is made up.
+        also: of its other part, of two objects taken for one; else 0.
         edge: cells along each axis.
         scale: (3, 3) a permutation times half the window's size in voxels.
         turn: (3, 3) flips, rotation and shear.
@@ -56,6 +57,7 @@ class Plan:
     kind: Kind
     volume: int
     label: int
+    also: int
     edge: int
     scale: NDArray[np.float64]
     turn: NDArray[np.float64]
@@ -184,16 +186,18 @@ class Planner:
         self, kind: Kind, volume: int, index: int, rng: np.random.Generator, edge: int, boxed: bool
     ) -> Plan:
         config, whole = self._config, self._store.volumes[volume]
+        made_up = kind in ("supervoxel", "shape")
         seen = whole.objects[index]
+        # Runs without joined objects keep their windows, as those without upright ones do.
+        if config.joined > 0 and not made_up and rng.random() < config.joined:
+            seen = _with_neighbour(whole, seen, rng)
         order = (0, 1, 2)
         shown_upright = whole.modality in ("CT", "MR")
-        # Runs without it keep their windows.
         upright = shown_upright and config.upright > 0 and rng.random() < config.upright
         if rng.random() < config.permute and not upright:
             z, y, x = (int(a) for a in rng.permutation(3))
             order = (z, y, x)
         view = View(whole, seen, order, rng)
-        made_up = kind in ("supervoxel", "shape")
         whole_window, wide = None, False
         if config.network == "sam_med3d" and config.sam.windows == "1.5mm":
             window = public_window(view, edge)
@@ -226,12 +230,16 @@ class Planner:
         chance = np.random.default_rng((seed, 1))
         if not made_up and chance.random() < config.others:
             known = chance.random(len(whole.objects)) < _SEEN_BESIDE
-            beside = [o for o, k in zip(whole.objects, known, strict=True) if k and o is not seen]
+            own = (seen.label, seen.also)
+            beside = [
+                o for o, k in zip(whole.objects, known, strict=True) if k and o.label not in own
+            ]
         cells = _Cells(scale @ turn, origin, edge)
         plan = Plan(
             kind,
             volume,
             0 if made_up else seen.label,
+            0 if made_up else seen.also,
             edge,
             scale,
             turn,
@@ -312,6 +320,23 @@ class _Cells:
         u = (points - self.origin) @ np.linalg.inv(self.matrix).T
         places: NDArray[np.float64] = (u + 1) * (self.edge / 2) - 0.5
         return places
+
+
+def _with_neighbour(
+    volume: LabelledVolume, seen: TrainingObject, rng: np.random.Generator
+) -> TrainingObject:
+    """An object joined with one whose bounding box meets its own; alone if there is none.
+
+    Such objects have parts of several tissues and leave the box of their middle slice far more
+    often than single ones, in real images.
+    """
+    low, high = np.array(seen.start), np.array(seen.stop)
+    near = [
+        o
+        for o in volume.objects
+        if o is not seen and (low <= o.stop).all() and (o.start <= high).all()
+    ]
+    return joined(volume, seen, near[rng.integers(len(near))]) if near else seen
 
 
 def _of_window(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class TrainingObject:
             (voxel centre +- 0.5), middle slice.
         deepest: about the voxel deepest inside, in millimetres.
         surface: (N, 3) some of its outermost voxels.
+        also: the label of its other part, of two objects taken for one; else 0.
     """
 
     label: int
@@ -44,6 +46,7 @@ class TrainingObject:
     boxes: tuple[tuple[Point, Point, float], ...]
     deepest: Triple
     surface: NDArray[np.int32]
+    also: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,17 @@ def _measured(
         deepest,  # type: ignore[arg-type]
         chosen.astype(np.int32),
     )
+
+
+def joined(volume: LabelledVolume, one: TrainingObject, other: TrainingObject) -> TrainingObject:
+    """Two objects of a volume as one."""
+    start = tuple(map(min, one.start, other.start))
+    stop = tuple(map(max, one.stop, other.stop))
+    part = volume.labels[tuple(map(slice, start, stop))].numpy()
+    mask = (part == one.label) | (part == other.label)
+    z, y, x = start
+    both = _measured(one.label, mask, (z, y, x), volume.spacing_mm)
+    return dataclasses.replace(both, also=other.label)
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,18 @@ def _cut(store: VolumeStore, plans: Sequence[Plan], shown: bool) -> tuple[Tensor
     steps.append(torch.ones_like(steps[0]))
     steps = [s * _column(shape[:, a] > 1, device, torch.int64) for a, s in enumerate(steps)]
 
-    wanted = _column([plan.label for plan in plans], device, store.labels.dtype)
+    kind = store.labels.dtype
+    wanted = _column([plan.label for plan in plans], device, kind)
+    second = _column([plan.also or plan.label for plan in plans], device, kind)
+    joined = any(plan.also for plan in plans)
 
     def image(at: Tensor) -> Tensor:
         return store.images.take(at).float()
 
     def mask(at: Tensor) -> Tensor:
-        return (store.labels.take(at) == wanted).float()
+        found = store.labels.take(at)
+        part = found == wanted
+        return (part | (found == second) if joined else part).float()
 
     share = _interpolate(mask, index, steps, weight).mul_(inside)
     if shown:

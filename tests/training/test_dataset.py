@@ -189,6 +189,22 @@ def test_it_is_known_where_other_objects_are(folder: Path) -> None:
         assert all(sample.beside is None for sample in samples)
 
 
+def test_no_part_of_joined_objects_is_another_one(tmp_path: Path) -> None:
+    """Of three balls in a row two are the object and the third one, if any, lies beside it."""
+    grid = np.indices((17, 39, 39)).transpose(1, 2, 3, 0)
+    gts = np.zeros(grid.shape[:3], np.uint8)
+    for label, centre in enumerate([10, 19, 28], start=1):
+        gts[((grid - [8, centre, centre]) ** 2).sum(-1) < 37] = label
+    np.savez(tmp_path / "CT_row_0.npz", imgs=gts * 60, gts=gts, spacing=[1.0, 1.0, 1.0])
+    values = {"no_box": 0.0, "others": 1.0, "warp": 0.0, "joined": 1.0, "tell_apart": 1.0}
+    samples = WindowDataset(load_folder(tmp_path), config(**values)).draw(range(40), 16)
+    known = [sample for sample in samples if sample.beside is not None]
+    assert sum(bool(sample.beside.any()) for sample in known) > 10
+    for sample in known:
+        assert len(sample.prompts.others) == 1 and set(sample.beside.unique().tolist()) <= {0, 2}
+        assert not (sample.beside[sample.target] > 0).any(), "balls do not touch"
+
+
 def test_masks_may_be_told_apart_by_intensities(folder: Path) -> None:
     """As inference does it before users see them: a ball's ellipsoid comes closer to the ball."""
     found = []

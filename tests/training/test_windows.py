@@ -15,6 +15,8 @@ from inference.geometry import Window, window_around
 from inference.model.sam_med3d import SamMed3D
 from inference.resampling import resample
 from tests.training.balls import TINY_SAM, config, write_balls
+from training.click_simulation import challenge_box
+from training.losses import dice_score
 from training.plan import Plan, Planner
 from training.volumes import LabelledVolume, VolumeStore, load_folder
 from training.windows import choose_level, cut_windows
@@ -112,6 +114,36 @@ def test_prompts_of_other_objects_lie_where_these_are(tmp_path: Path) -> None:
             boxes.append(np.abs(pair - found).max() - max(plan.padding))
     assert len(clicked) > 60 and np.mean(clicked) > 0.9
     assert len(boxes) > 20 and np.median(boxes) < 1, "cells, the padding apart"
+
+
+def test_joined_objects_are_one(store: VolumeStore) -> None:
+    """Mask, box, deepest point and window are of both, and neither is another object."""
+    planner = Planner(store, config(**STILL, joined=1.0, others=1.0, box_scale=[2.0, 2.0]))
+    left = []
+    for i in range(20):
+        plan = planner.plan(i, np.random.default_rng(i), 32, boxed=True)
+        volume = store.volumes[plan.volume]
+        assert {plan.label, plan.also} == {1, 2} and not len(plan.others) + len(plan.elsewhere)
+        both = torch.where(volume.labels > 0, plan.label, 0)
+        as_one = dataclasses.replace(volume, labels=both)
+        _, theirs = _as_inference(as_one, plan)
+        _, (ours,), _ = cut_windows(store, [plan])
+        assert dice_score(ours[None] > 0.5, theirs[None] > 0.5).item() > 0.9
+        low, high, _ = challenge_box(both.numpy() > 0)
+        assert plan.box is not None
+        edges = np.array(plan.box[:2]) + np.array([[1], [-1]]) * plan.padding
+        cells = np.array([_window(plan).to_grid(point) for point in (low, high)])
+        assert np.abs(edges - cells).max() < 0.1
+        left.append(plan.label)
+    assert set(left) == {1, 2}
+
+
+def test_an_object_far_from_others_stays_alone(tmp_path: Path) -> None:
+    labels = np.zeros((12, 40, 40), np.uint8)
+    labels[2:8, 2:9, 2:9], labels[2:8, 20:30, 20:30] = 1, 2
+    np.savez(tmp_path / "CT_far_0.npz", imgs=labels * 90, gts=labels, spacing=[1, 1, 1])
+    planner = Planner(VolumeStore(load_folder(tmp_path), "cpu"), config(**STILL, joined=1.0))
+    assert not any(planner.plan(i, np.random.default_rng(i), 16).also for i in range(20))
 
 
 def test_others_may_be_unknown(store: VolumeStore) -> None:
