@@ -44,8 +44,7 @@ from inference.sliding_window import Tile, sliding_window, tile_grid
 
 Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 
-#: How much more a closer look counts than the one before it, from which it was chosen (fitted on
-#: training cases).
+#: How much more a closer look counts than the one it was chosen from (fitted on training cases).
 _CLOSER_COUNTS = 2.0
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 #: From this click on a mask without a box is large and small as its object is (likewise).
@@ -312,7 +311,8 @@ class Segmenter:
             shape = second_grid(window, found, _TILE, tiles, refiner.config.stride)
             if shape is not None:
                 window, logits = self._second_pass(refiner, look, shape)
-        if look.prompts.box is not None and look.previous is None and not look.prompts.clicks:
+            logits = look.held(logits, window, self._spacing_mm)
+        if look.has_box_alone:
             logits = logits + BOX_ALONE
         return to_voxels(logits, window, look.prompts.label, self._volume, floor)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
-from inference.case import Click, ObjectPrompts
+from inference.case import Box, Click, ObjectPrompts
 from inference.geometry import Window
 from inference.look import Look
 from inference.resampling import resample
@@ -60,6 +61,42 @@ def test_the_second_pass_begins_with_the_last_mask_where_the_first_left_it() -> 
         dataclasses.replace(look, prompts=ObjectPrompts(4)),
     ):
         assert torch.equal(nothing.as_fine_as_before(fine, found), found)
+
+
+def test_an_object_is_held_to_its_last_mask_but_near_the_newest_click() -> None:
+    """The more it has been told the more; distances are in millimetres."""
+    labels = np.zeros((20, 60, 60), np.uint8)
+    labels[5:15, 20:40, 20:40] = 3
+    window = Window((0, 10, 10), (20, 50, 50), (20, 40, 40))
+    clicks = tuple(Click((9, 30, 20 + i), True) for i in range(5))
+    look = Look(
+        ObjectPrompts(3, Box((5, 20, 20), (15, 40, 40), 10), clicks),
+        window,
+        ((5, 20, 20), (15, 40, 40)),
+        labels=labels,
+    )
+    mask = look.mask_in(window)
+    assert mask is not None
+    logits, spacing_mm = torch.randn(20, 40, 40), (2.0, 1.0, 1.0)
+    pulls = []
+    for n in range(6):
+        some = dataclasses.replace(look.prompts, clicks=clicks[:n])
+        held = dataclasses.replace(look, prompts=some).held(logits, window, spacing_mm)
+        pulls.append((held - logits) * (2 * mask[0] - 1))
+    assert not pulls[0].any() and not pulls[1].any(), "one click may change everything"
+    assert min(pull.min() for pull in pulls) > -1e-5
+    far = [float(pull[0, 0, -1]) for pull in pulls]
+    assert far[2:] == pytest.approx([1.5 * (n - 1) / n for n in range(2, 6)], rel=0.01)
+    last = pulls[5]
+    at_click, near, further = (float(last[9, 20, x]) for x in (14, 18, 24))
+    assert abs(at_click) < 1e-5 < near < further
+    assert float(last[12, 20, 14]) == pytest.approx(float(last[9, 26, 14])), "six millimetres each"
+
+    no_box = dataclasses.replace(look, prompts=dataclasses.replace(look.prompts, box=None))
+    pull = (no_box.held(logits, window, spacing_mm) - logits).abs()
+    assert float(pull[0, 0, -1]) == pytest.approx(far[4], rel=0.01), "a box is a prompt"
+    for other in (dataclasses.replace(look, previous=None), dataclasses.replace(look, labels=None)):
+        assert torch.equal(other.held(logits, window, spacing_mm), logits)
 
 
 def test_a_mask_and_what_was_clicked_on_since_make_a_box() -> None:
