@@ -1,4 +1,4 @@
-"""Before the first click masks are drawn a little larger than the network says."""
+"""What is nearly as likely as not: drawn before the first click, and where it was drawn before."""
 
 from __future__ import annotations
 
@@ -44,3 +44,10 @@ def test_what_is_nearly_as_likely_as_not_counts_until_there_is_a_click(
     mask = np.zeros((40, 40, 40), np.uint8)
     mask[12:28, 12:24, 12:20] = 1
     assert _drawn(segmenter, 0, mask) == _drawn(segmenter, 1, mask) == 0
+
+
+def test_after_some_clicks_it_counts_where_the_last_round_found_it(segmenter: Segmenter) -> None:
+    mask = np.zeros((40, 40, 40), np.uint8)
+    mask[12:28, 12:24, 12:20] = 1
+    assert _drawn(segmenter, 5) == 0
+    assert _drawn(segmenter, 5, mask) > 100
