@@ -28,7 +28,7 @@ from inference.resampling import covered_cells, resample, to_tensor
 #: cases).
 BLURRING_CELL = 3.0
 #: Log-odds by which an object is held to the mask of its last round; sigma of the surroundings of
-#: the newest click, where it is not, in edges of that mask's bounding box. Both chosen on bent
+#: the newest click, where it is not, in mean edges of that mask's box. Both chosen on bent
 #: training cases, where half to twice as much does nearly as well.
 _HOLD, _FREE = 1.5, 0.3
 _GROWTHS_WITH_BOX = 2
