@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference.case import Box, ObjectPrompts
 from inference.geometry import Triple, Window
-from inference.prompts import WindowPrompts, window_prompts
+from inference.prompts import WindowPrompts, bump, summed, window_prompts
 from inference.refinement import (
     bounding_box,
     click_voxels,
@@ -121,15 +121,19 @@ class Look:
         low, high = self.previous
         edges = [(b - a) * mm for a, b, mm in zip(low, high, spacing_mm, strict=True)]
         sigma = _FREE * float(np.prod(edges)) ** (1 / 3)
-        free = torch.ones((), device=logits.device)
-        grid = zip(window.to_grid(clicks[-1].position), window.cell, spacing_mm, strict=True)
-        for axis, (place, cell, mm) in enumerate(grid):
-            cells = torch.arange(window.shape[axis], device=logits.device)
-            away = (cells - place) * (cell * mm / sigma)
-            near = torch.exp(-away.square() / 2)
-            free = free * near.reshape([-1 if a == axis else 1 for a in range(3)])
+        grid = zip(
+            window.shape,
+            window.to_grid(clicks[-1].position),
+            window.cell,
+            spacing_mm,
+            strict=True,
+        )
+        near = [
+            bump(torch.arange(n, device=logits.device), logits.new_tensor([p]), sigma / (cell * mm))
+            for n, p, cell, mm in grid
+        ]
         share = _HOLD * (told - 2) / (told - 1)
-        return logits + share * (2 * mask[0] - 1) * (1 - free)
+        return logits + share * (2 * mask[0] - 1) * (1 - summed(near))
 
     def boxed(self) -> Look:
         """The same object shown with the box of its last mask and of what was clicked on since."""

@@ -276,7 +276,7 @@ def _click_maps(
 def _clicks_elsewhere(prompts: WindowPrompts, axes: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """(D, H, W), 0..1: near clicks on other objects."""
     places = axes[0].new_tensor(prompts.elsewhere).reshape(-1, 3)
-    return _summed([_bump(a, places[:, i], _CLICK_SIGMA) for i, a in enumerate(axes)]).clamp_max_(1)
+    return summed([bump(a, places[:, i], _CLICK_SIGMA) for i, a in enumerate(axes)]).clamp_max_(1)
 
 
 def _boxes_elsewhere(
@@ -299,12 +299,12 @@ def _boxes_elsewhere(
     blobs, insides = [], []
     for i, axis in enumerate(axes):
         centre, half = _centre_and_half(smaller[:, :, i])
-        blobs.append(_bump(axis, centre, _BLOB_SIGMA * half[:, None]))
+        blobs.append(bump(axis, centre, _BLOB_SIGMA * half[:, None]))
         centre, half = _centre_and_half(larger[:, :, i])
         offset = (axis.reshape(1, -1) - centre[:, None]) / half[:, None]
         insides.append(1 / (1 + offset**8))  # one half on the faces
-    count = _summed(insides)
-    return _BLOB_HEIGHT * _summed(blobs).clamp_max_(1), count / (count + 1)
+    count = summed(insides)
+    return _BLOB_HEIGHT * summed(blobs).clamp_max_(1), count / (count + 1)
 
 
 def _volume(box: tuple[Point, Point]) -> float:
@@ -317,11 +317,11 @@ def _centre_and_half(edges: Tensor) -> tuple[Tensor, Tensor]:
     return edges.mean(1), ((edges[:, 1] - edges[:, 0]) / 2).clamp_min(0.5)
 
 
-def _bump(axis: Tensor, centres: Tensor, sigma: float | Tensor) -> Tensor:
+def bump(axis: Tensor, centres: Tensor, sigma: float | Tensor) -> Tensor:
     """(n, length of the axis) Gaussians of height 1 about (n,) centres."""
     return torch.exp(-0.5 * ((axis.reshape(1, -1) - centres[:, None]) / sigma) ** 2)
 
 
-def _summed(profiles: Sequence[Tensor]) -> Tensor:
+def summed(profiles: Sequence[Tensor]) -> Tensor:
     """(D, H, W) sum of n products of a profile along each axis, (n, D), (n, H) and (n, W)."""
     return torch.einsum("nz,ny,nx->zyx", *profiles)
