@@ -15,6 +15,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from inference.geometry import Triple
+from inference.refinement import hull
 from training.click_simulation import challenge_box
 
 _SMALLEST_OBJECT = 8  # voxels
@@ -184,12 +185,10 @@ def _measured(
 
 def joined(volume: LabelledVolume, one: TrainingObject, other: TrainingObject) -> TrainingObject:
     """Two objects of a volume as one."""
-    start = tuple(map(min, one.start, other.start))
-    stop = tuple(map(max, one.stop, other.stop))
+    start, stop = hull([(one.start, one.stop), (other.start, other.stop)])
     part = volume.labels[tuple(map(slice, start, stop))].numpy()
     mask = (part == one.label) | (part == other.label)
-    z, y, x = start
-    both = _measured(one.label, mask, (z, y, x), volume.spacing_mm)
+    both = _measured(one.label, mask, start, volume.spacing_mm)
     return dataclasses.replace(both, also=other.label)
 
 
