@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from inference.case import Case
 from inference.likelihood import CLICK_BINS, NEIGHBOURS, smooth
@@ -196,7 +197,7 @@ def _log_ratios(
             are not; but the next ones lie where intensities or the network misled, and are not
             typical, so all of them count as much as the mask does.
     """
-    density = np.apply_along_axis(_smoothed, 1, counts, _KERNEL)
+    density = _smoothed(counts, _KERNEL)
     density /= np.maximum(density.sum(1, keepdims=True), 1e-6)
     for label, about in clicked.items():
         if len(about):
@@ -208,5 +209,7 @@ def _log_ratios(
     return ratios.clip(-_CLIP, _CLIP)
 
 
-def _smoothed(histogram: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.convolve(np.pad(histogram, len(kernel) // 2, mode="edge"), kernel, mode="valid")
+def _smoothed(histograms: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(..., bins) convolved with a symmetric kernel, their last bins going on."""
+    found: NDArray[np.float64] = ndimage.correlate1d(histograms, kernel, mode="nearest")
+    return found
