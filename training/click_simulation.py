@@ -136,6 +136,28 @@ def error_depth(errors: Tensor, cells: Sequence[Triple]) -> Tensor:
     Returns:
         (B, D, H, W) int16, 0 outside of the error.
     """
+    if errors.device.type != "cpu":
+        return _depth(errors, cells)
+    depth = torch.zeros_like(errors, dtype=torch.int16)
+    for one, found, cell in zip(errors, depth, cells, strict=True):
+        if (place := _bounding_box(one)) is not None:  # it mostly is a small part of the window
+            found[place] = _depth(one[place][None], [cell])[0]
+    return depth
+
+
+def _bounding_box(mask: Tensor) -> tuple[slice, slice, slice] | None:
+    """Of a (D, H, W) mask; None for an empty one."""
+    columns = mask.any(0)
+    sides = [mask.any(2).any(1), columns.any(1), columns.any(0)]
+    found = [side.nonzero()[:, 0].tolist() for side in sides]
+    if not found[0]:
+        return None
+    z, y, x = (slice(places[0], places[-1] + 1) for places in found)
+    return z, y, x
+
+
+def _depth(errors: Tensor, cells: Sequence[Triple]) -> Tensor:
+    """:func:`error_depth`, all windows at once."""
     shares = np.array([[min(cell) / edge for edge in cell] for cell in cells])  # (B, 3)
     depth = errors.to(torch.int16)
     alive, step = errors, 0
