@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -11,6 +12,8 @@ import yaml
 
 from inference.model.refiner import RefinerConfig
 from inference.model.sam_med3d import SamMed3DConfig
+
+_WORKER_PLACES = 8  # at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Config:
             A run with a limit is not reproducible to the bit.
         batch: windows of a forward pass, a process.
         accumulate: forward passes of an optimiser step.
+        workers: processes that make the refiner's windows and clicks, each on a core of its own,
+            while the network computes on a GPU; 0 where the network's process makes them, on its
+            device. A run with workers is not reproducible to the bit.
         sampling: ``"balanced"``: by modality, dataset, case and object; ``"epochs"``: each object
             once an epoch, in random order.
         modality_weights: share of the windows each modality gets in balanced sampling; those not
@@ -102,6 +108,7 @@ class Config:
     minutes: float | None = None
     batch: int = 8
     accumulate: int = 1
+    workers: int = 0
     sampling: Literal["balanced", "epochs"] = "balanced"
     modality_weights: tuple[tuple[str, float], ...] = (
         ("CT", 0.27),
@@ -208,11 +215,22 @@ class Config:
             )
         if self.optimizer == "muon" and self.network != "refiner":
             raise ValueError(f"optimizer is muon, network {self.network}; accepted: refiner")
+        needed = self.batch // self.worker_places
+        if self.workers and (self.network != "refiner" or self.workers < needed):
+            raise ValueError(
+                f"workers is {self.workers}, network {self.network}, batch {self.batch}; accepted: "
+                f"0, or for the refiner {needed} and more"
+            )
         if self.pointless_rounds > max(0, self.rounds - 2):
             raise ValueError(
                 f"pointless_rounds is {self.pointless_rounds} of {self.rounds} rounds; accepted: "
                 "all but two at most"
             )
+
+    @property
+    def worker_places(self) -> int:
+        """Objects of a worker, so that those of a few workers make a batch."""
+        return math.gcd(self.batch, _WORKER_PLACES)
 
     @classmethod
     def load(cls, path: Path | None, overrides: Sequence[str] = ()) -> Config:

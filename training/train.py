@@ -77,11 +77,11 @@ def _train(options: argparse.Namespace, config: Config, world: World) -> None:
     volumes = load_folder(options.data, cases)
     if options.label_maps:
         volumes += load_folder(options.label_maps)
-    dataset = WindowDataset(volumes, config, world.device)
+    dataset = WindowDataset(volumes, config, "cpu" if config.workers else world.device)
     trainer = Trainer(model, dataset, config, options.out, world)
     say(
         f"{len(volumes)} volumes, {dataset.objects} objects, "
-        f"{dataset.store.bytes / 1e6:.0f} MB on {world.device}; {trainer.steps} steps",
+        f"{dataset.store.bytes / 1e6:.0f} MB on {dataset.store.device}; {trainer.steps} steps",
         flush=True,
     )
     if world.first:

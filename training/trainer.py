@@ -38,7 +38,7 @@ class Trainer:
 
     Args:
         model: a refiner or SAM-Med3D, on its device.
-        dataset: on the same device.
+        dataset: on the same device; on a CPU for workers.
         config: of the run.
         out: folder of checkpoint and log.
         world: the processes; this one alone by default.
@@ -62,20 +62,23 @@ class Trainer:
             device.type, enabled=_precision(config, device)[0] is torch.float16
         )
         total = config.batch * config.accumulate * self._world.size
-        per_pass = config.batch * self._world.size
+        row, rows = config.batch, config.accumulate
+        if config.workers:
+            row, rows = config.worker_places, config.workers
+        places = row * rows * self._world.size
         slots = [
-            [part * per_pass + self._world.rank * config.batch + i for i in range(config.batch)]
-            for part in range(config.accumulate)
+            [(part * self._world.size + self._world.rank) * row + i for i in range(row)]
+            for part in range(rows)
         ]
         self._rounds: RefinerRounds | SamRounds
         if isinstance(model, Refiner):
             network = self._world.wrap(model)
-            self._rounds = RefinerRounds(network, dataset, config, slots, total)
+            self._rounds = RefinerRounds(network, dataset, config, slots, places)
             shown = (config.rounds + 1) / 2  # rounds of an object, on average
         else:
             # Without points or without a box, some embeddings are not asked.
             network = self._world.wrap(SamInteraction(model, config), unused=True)
-            self._rounds = SamRounds(network, dataset, config, slots, total)
+            self._rounds = SamRounds(network, dataset, config, slots, places)
             shown = 1
         self._network = network
         self._windows_a_step = total
@@ -116,7 +119,7 @@ class Trainer:
         log = None
         if world.first:
             log = RunLog(self._out, config.rounds, self.step, self.steps, config.tensorboard)
-        begun, before, saved = time.monotonic(), self.minutes, self.minutes
+        begun, before, saved, first = time.monotonic(), self.minutes, self.minutes, self.step
         last = math.inf if max_steps is None else self.step + max_steps
         try:
             while self.progress < 1 and self.step < last:
@@ -129,12 +132,14 @@ class Trainer:
                 if self.minutes - saved >= config.checkpoint_minutes:
                     self.save()
                     saved = self.minutes
-            if self.step % config.log_steps:
+            if self.step > first and self.step % config.log_steps:
                 self._write(log)
             self.save()
         finally:
             if log is not None:
                 log.close()
+            if isinstance(self._rounds, RefinerRounds):
+                self._rounds.close()
 
     def take_step(self) -> None:
         """One optimiser step, left out where loss or gradient are not finite."""

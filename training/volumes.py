@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,17 +87,20 @@ def load_volumes(paths: Sequence[Path]) -> list[LabelledVolume]:
     Raises:
         ValueError: a file has no ``gts`` or no ``spacing``, or none has an object.
     """
-    volumes = []
-    for path in paths:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not {"gts", "spacing"} <= set(arrays.files):
-                raise ValueError(f"{path} holds {arrays.files}; accepted: npz with gts and spacing")
-            image = arrays["imgs"] if "imgs" in arrays.files else None
-            volumes.append(_volume(path.stem, image, arrays["gts"], arrays["spacing"]))
-    volumes = [volume for volume in volumes if volume.objects]
+    # Most of it is done outside of Python's lock.
+    with ThreadPoolExecutor() as pool:
+        volumes = [volume for volume in pool.map(_load_volume, paths) if volume.objects]
     if not volumes:
         raise ValueError(f"no labelled object in {len(paths)} files; accepted: npz files with gts")
     return volumes
+
+
+def _load_volume(path: Path) -> LabelledVolume:
+    with np.load(path, allow_pickle=False) as arrays:
+        if not {"gts", "spacing"} <= set(arrays.files):
+            raise ValueError(f"{path} holds {arrays.files}; accepted: npz with gts and spacing")
+        image = arrays["imgs"] if "imgs" in arrays.files else None
+        return _volume(path.stem, image, arrays["gts"], arrays["spacing"])
 
 
 def load_folder(folder: Path, cases: Sequence[str] | None = None) -> list[LabelledVolume]:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from training.config import Config
+from training.pool import Pool
+from training.refiner_rounds import RefinerRounds
 
 
 def write_balls(folder: Path) -> Path:
@@ -47,3 +49,9 @@ TINY_SAM = {
     "global_blocks": [1],
     "prompt_width": 48,
 }
+
+
+def pool_of(rounds: RefinerRounds) -> Pool:
+    """The objects of rounds without workers."""
+    assert isinstance(rounds._objects, Pool)
+    return rounds._objects

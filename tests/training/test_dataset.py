@@ -10,7 +10,7 @@ import torch
 
 from inference.coarse import _normalise
 from inference.model.refiner import CHANNELS
-from tests.training.balls import TINY_SAM, config, write_balls
+from tests.training.balls import TINY_SAM, config, pool_of, write_balls
 from training.augmentation import Chance, change_intensities, masked_z_scores, perturb_mask
 from training.dataset import Sample, WindowDataset
 from training.losses import dice_score
@@ -80,10 +80,10 @@ def test_first_looks_without_a_box_show_the_whole_volume_and_last_a_round(folder
     assert not any(s.wide for s in _dataset(folder, no_box=0.0, zoom=0.0).draw(range(40), 16))
 
     rounds = RefinerRounds(torch.nn.Identity(), dataset, config(rounds=6), [list(range(200))], 200)
-    rounds._fill(list(range(200)), 16, {})
-    left = {place.left for place in rounds._pool.values() if place.sample.wide}
+    pool_of(rounds)._fill(list(range(200)), 16, {})
+    left = {place.left for place in pool_of(rounds)._places.values() if place.sample.wide}
     assert left == {1}
-    assert max(place.left for place in rounds._pool.values()) == 6
+    assert max(place.left for place in pool_of(rounds)._places.values()) == 6
 
 
 class _Anything(torch.nn.Module):
@@ -108,8 +108,8 @@ def test_what_is_said_beyond_the_volume_does_not_count(folder: Path) -> None:
     for beyond in (-9.0, 9.0):
         network = _Anything(beyond)
         rounds = RefinerRounds(network, dataset, config(rounds=3, no_click=0.0), [row], len(row))
-        rounds._fill(row, 16, {})
-        places = [rounds._pool[slot] for slot in row]
+        pool_of(rounds)._fill(row, 16, {})
+        places = [pool_of(rounds)._places[slot] for slot in row]
         network.inside = torch.stack([place.sample.inside for place in places])
         assert 0.2 < float(network.inside.float().mean()) < 0.95
         loss = rounds.loss(0, 0, 0.0, {}, Scores(dataset.sources, 3))
@@ -152,8 +152,8 @@ def test_rounds_may_begin_with_poor_masks(folder: Path, poor: float) -> None:
     torch.nn.init.zeros_(network.weight)
     torch.nn.init.constant_(network.bias, -1.0)  # nothing anywhere, until the ellipsoid is added
     rounds = RefinerRounds(network, dataset, config(**values), [row], len(row))
-    rounds._fill(row, 16, {})
-    places = [rounds._pool[slot] for slot in row]
+    pool_of(rounds)._fill(row, 16, {})
+    places = [pool_of(rounds)._places[slot] for slot in row]
     scores = Scores(dataset.sources, 6)
     rounds.loss(0, 0, 0.0, {}, scores)
     sizes = [(int(m.sum()), m & ~p.sample.target) for p in places if (m := p.mask) is not None]
@@ -220,8 +220,8 @@ def test_masks_may_be_told_apart_by_intensities(folder: Path) -> None:
         rounds = RefinerRounds(
             network, dataset, config(tell_apart=share, **values), [row], len(row)
         )
-        rounds._fill(row, 16, {})
-        places = [rounds._pool[slot] for slot in row]
+        pool_of(rounds)._fill(row, 16, {})
+        places = [pool_of(rounds)._places[slot] for slot in row]
         rounds.loss(0, 0, 0.0, {}, Scores(dataset.sources, 6))
         found.append([(p.sample, p.mask) for p in places])
     gains = []
@@ -244,8 +244,9 @@ def test_masks_may_be_withheld_after_a_click(folder: Path, share: float) -> None
         values = {"no_mask": share, "no_click": silence, "rounds": 6}
         network = torch.nn.Conv3d(len(CHANNELS), 1, 1)
         rounds = RefinerRounds(network, dataset, config(**values), [row], len(row))
-        rounds._fill(row, 16, {})
-        going_on = [rounds._pool[slot] for slot in row if rounds._pool[slot].left > 1]
+        pool_of(rounds)._fill(row, 16, {})
+        places = pool_of(rounds)._places
+        going_on = [places[slot] for slot in row if places[slot].left > 1]
         rounds.loss(0, 0, 0.0, {}, Scores(dataset.sources, 6))
         withheld = [place.mask is None for place in going_on]
         clicked = [bool(place.sample.prompts.clicks) for place in going_on]

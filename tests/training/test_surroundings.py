@@ -11,8 +11,8 @@ import torch
 
 from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts
-from tests.training.balls import config, write_balls
-from training import refiner_rounds
+from tests.training.balls import config, pool_of, write_balls
+from training import pool
 from training.dataset import Sample, WindowDataset
 from training.refiner_rounds import RefinerRounds
 from training.scores import Scores
@@ -132,7 +132,7 @@ def test_a_close_look_follows_a_first_pass(folder: Path, coarse: bool) -> None:
         loss = rounds.loss(0, 0, 0.0, {}, scores)
     loss.backward()  # type: ignore[no-untyped-call]
     assert network.layer.weight.grad is not None and network.layer.weight.grad.abs().sum() > 0
-    places = [rounds._pool[slot] for slot in _ROW]
+    places = [pool_of(rounds)._places[slot] for slot in _ROW]
     first, second = network.shown
     assert len(first) == len(second) == 8
     assert not first[:, _MASK].any() and not first[:, _COARSE].any()
@@ -163,10 +163,10 @@ def test_in_long_cells_a_close_look_begins_where_it_ended(
     folder: Path, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own mask stays where the first pass changes nothing; in short cells nothing is kept."""
-    monkeypatch.setattr(refiner_rounds, "BLURRING_CELL", limit)
+    monkeypatch.setattr(pool, "BLURRING_CELL", limit)
     rounds, network, scores = _start(folder)
     rounds.loss(0, 0, 0.0, {}, scores)
-    before = {i: rounds._pool[i] for i in _ROW if rounds._pool[i].left > 0}
+    before = {i: pool_of(rounds)._places[i] for i in _ROW if pool_of(rounds)._places[i].left > 0}
     masks = {i: (place.mask, place.close) for i, place in before.items()}
     assert len(masks) > 4 and all(
         (close is not None) == (limit == 0) for _, close in masks.values()
@@ -182,7 +182,7 @@ def test_in_long_cells_a_close_look_begins_where_it_ended(
         first = network.layer(network.shown[2][i : i + 1].detach())[0, 0].detach()
         expected = (around.shown(first, 16) > 0) & sample.inside
         if close is not None:
-            reloaded = saved._pool[i].close
+            reloaded = pool_of(saved)._places[i].close
             assert reloaded is not None and torch.equal(reloaded, close)
             changed = ((first > 0) & around.inside) != mask
             same = around.shown(changed.float(), 16) <= 0.5
