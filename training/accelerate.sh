@@ -15,9 +15,9 @@ tar -xf "$data" -C "$out/data"
 train() { # FOLDER MINUTES SHARE_WITHOUT_BOX [switches]
     folder=$out/$1 limit=$2 share=$3
     shift 3
-    $python -m training.train --config training/configs/gpu.yaml --data "$out/data/train" \
-        --label-maps "$out/data/label_maps" --out "$folder" --resume \
-        --set "minutes=$limit" "no_box=$share" "$@"
+    $python -m training.train --config training/configs/default.yaml --init default \
+        --data "$out/data/train" --label-maps "$out/data/label_maps" --out "$folder" --resume \
+        --set steps=1000000 "minutes=$limit" "no_box=$share" "$@"
 }
 boxed=$((minutes * 2 / 3))
 train boxed "$boxed" 0.0 "$@"

@@ -186,7 +186,10 @@ class Workers:
         self._workers, self._ready, self._turn = [], [], []
 
     def _start(self, device: torch.device) -> None:
-        """Begin the processes: copies of this one, which share its volumes."""
+        """Begin the processes: copies of this one, which share its volumes.
+
+        They compute on the CPU alone, so that they may be copied while CUDA is in use.
+        """
         context = multiprocessing.get_context("fork")
         largest = max(edge for _, edge in self._config.windows)
         sys.stdout.flush()
