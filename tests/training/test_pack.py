@@ -100,7 +100,8 @@ def test_from_an_archive_to_weights_and_figures_in_one_command(tmp_path: Path) -
     pack([tmp_path / n for n in ("train", "label_maps", "val")], tmp_path / "data.tar.xz", 1 << 20)
     out = tmp_path / "out"
     command = ["sh", "training/accelerate.sh", str(tmp_path / "data.tar.xz"), str(out), "60"]
-    smaller = ["--max-steps", "1", "--device", "cpu", "--threads", "1", "--set", "batch=2", "workers=1"]
+    smaller = ["--max-steps", "1", "--device", "cpu", "--threads", "1"]
+    smaller += ["--set", "batch=2", "workers=1"]
     environment = {**os.environ, "PYTHON": sys.executable}
     for steps in ("1", "2"):
         done = subprocess.run(
