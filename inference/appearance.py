@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from inference.case import Case
 from inference.likelihood import CLICK_BINS, NEIGHBOURS, smooth
@@ -211,5 +211,8 @@ def _log_ratios(
 
 def _smoothed(histograms: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:
     """(..., bins) convolved with a symmetric kernel, their last bins going on."""
-    found: NDArray[np.float64] = ndimage.correlate1d(histograms, kernel, mode="nearest")
+    half = len(kernel) // 2
+    sides = [(0, 0)] * (histograms.ndim - 1) + [(half, half)]
+    longer = np.pad(histograms, sides, mode="edge")
+    found: NDArray[np.float64] = sliding_window_view(longer, len(kernel), -1) @ kernel
     return found
