@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inference.object_prompts import stored_box
+from inference.refinement import bounding_box
 
 Triple = tuple[float, float, float]
 Click = tuple[Triple, bool]
@@ -140,20 +141,10 @@ def error_depth(errors: Tensor, cells: Sequence[Triple]) -> Tensor:
         return _depth(errors, cells)
     depth = torch.zeros_like(errors, dtype=torch.int16)
     for one, found, cell in zip(errors, depth, cells, strict=True):
-        if (place := _bounding_box(one)) is not None:  # it mostly is a small part of the window
+        if (box := bounding_box(one.numpy())) is not None:  # mostly a small part of the window
+            place = tuple(map(slice, *box))
             found[place] = _depth(one[place][None], [cell])[0]
     return depth
-
-
-def _bounding_box(mask: Tensor) -> tuple[slice, slice, slice] | None:
-    """Of a (D, H, W) mask; None for an empty one."""
-    columns = mask.any(0)
-    sides = [mask.any(2).any(1), columns.any(1), columns.any(0)]
-    found = [side.nonzero()[:, 0].tolist() for side in sides]
-    if not found[0]:
-        return None
-    z, y, x = (slice(places[0], places[-1] + 1) for places in found)
-    return z, y, x
 
 
 def _depth(errors: Tensor, cells: Sequence[Triple]) -> Tensor:

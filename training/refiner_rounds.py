@@ -68,13 +68,12 @@ class RefinerRounds:
         objects = self._objects
         if isinstance(objects, Workers):
             device = next(self._network.parameters()).device
-            loss, said = self._round(objects.batch(edge, dice, self._seen, device))
-            found = objects.advance(said)
+            batch = objects.batch(edge, dice, self._seen, device)
         else:
             first = objects.first_look(self._slots[part], edge, dice)
-            loss, said = self._round(objects.batch(None if first is None else self._seen(first)))
-            found = objects.advance(said)
-        for score in found:
+            batch = objects.batch(None if first is None else self._seen(first))
+        loss, said = self._round(batch)
+        for score in objects.advance(said):
             scores.add(*score)
         return loss
 
