@@ -198,7 +198,8 @@ class Workers:
             here, there = context.Pipe()
             pool = Pool(self._dataset, self._config, row, self._total)
             pool.drawn = dict.fromkeys(row, self._drawn)
-            process = context.Process(target=_work, args=(there, shared, pool), daemon=True)
+            ours = [*(worker.pipe for worker in self._workers), here]
+            process = context.Process(target=_work, args=(there, ours, shared, pool), daemon=True)
             process.start()
             there.close()
             if device.type == "cuda":
@@ -249,8 +250,17 @@ def _tell(worker: _Worker, *message: object) -> None:
         raise ValueError(_ENDED) from error
 
 
-def _work(pipe: Connection, shared: _Shared, pool: Pool) -> None:
-    """A worker's life: turns of its pool until the other process is gone."""
+def _work(pipe: Connection, theirs: Sequence[Connection], shared: _Shared, pool: Pool) -> None:
+    """A worker's life: turns of its pool until the other process is gone.
+
+    Args:
+        pipe: to the other process.
+        theirs: that one's ends of all pipes so far. As long as a copy of its end is open anywhere,
+            a worker never hears that it is gone.
+        shared, pool: memory and objects.
+    """
+    for end in theirs:
+        end.close()
     torch.set_num_threads(1)
     try:
         _turns(pipe, shared, pool)

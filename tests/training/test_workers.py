@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import CHECKOUT
 from tests.training.balls import config, write_balls
 from training.checkpoint import build_network, load_checkpoint
 from training.dataset import WindowDataset
@@ -107,6 +113,47 @@ def test_a_worker_that_is_killed_ends_the_run(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="a worker"):
         run.run()
     assert not run._rounds._objects._workers  # type: ignore[union-attr]
+
+
+#: Takes a step, says who its workers are, and waits to be killed.
+KILLED = """
+import sys, time
+from pathlib import Path
+from tests.training.test_workers import _trainer
+
+run = _trainer(Path(sys.argv[1]), Path(sys.argv[1]) / "run", workers=3, batch=4)
+run.take_step()
+print(*(worker.process.pid for worker in run._rounds._objects._workers), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_workers_end_with_the_process_they_work_for(folder: Path) -> None:
+    """However that ends: nobody is left to end them."""
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = process.stdout.readline().split()
+        process.kill()
+    try:
+        assert len(workers) == 3
+        last = time.monotonic() + 60
+        while any(map(_runs, workers)):
+            assert time.monotonic() < last, "workers outlive the process they work for"
+            time.sleep(0.05)
+    finally:
+        for worker in filter(_runs, workers):
+            os.kill(int(worker), signal.SIGKILL)
+
+
+def _runs(process: str) -> bool:
+    """Whether a process is there and not merely waiting to be forgotten."""
+    try:
+        status = Path("/proc", process, "stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize(
