@@ -31,7 +31,12 @@ from training.evaluation.comparison import Difference, compare, format_differenc
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.metrics import area_under_curve
 from training.evaluation.perturbation import VARIANTS, PromptVariant
-from training.evaluation.predictors import Predictor, PredictorChoice, build_predictor
+from training.evaluation.predictors import (
+    Predictor,
+    PredictorChoice,
+    build_predictor,
+    image_id,
+)
 from training.evaluation.protocol import CaseResult, run_case
 from training.evaluation.results import RunFolder, list_runs, write_csv
 from training.evaluation.summary import format_stress, format_table, stress_rows, summarise
@@ -165,11 +170,13 @@ def _choice(kind: str, options: argparse.Namespace) -> PredictorChoice:
 def _settings(
     choice: PredictorChoice, options: argparse.Namespace, variant: PromptVariant
 ) -> dict[str, Any]:
-    """What the scores depend on, weights and code by content."""
+    """What the scores depend on, weights, image and code by content."""
     settings = asdict(choice)
     for key in ("weights", "sam"):
         if settings[key] is not None:
             settings[key] = sha256_of(settings[key])
+    if choice.kind == "image" and choice.image is not None:
+        settings["image"] = f"{choice.image} {image_id(choice.image)}"
     references = str(options.references.resolve()) if options.references else ""
     cases = {"cases": str(options.cases.resolve()), "references": references}
     code = {"code": _code_of(choice.kind)}

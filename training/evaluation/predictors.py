@@ -153,6 +153,22 @@ class Image(Command):
         return seconds, None, status  # the client's memory says nothing about the container's
 
 
+def image_id(image: str) -> str:
+    """What an image's name stands for now: the identifier of its content.
+
+    Raises:
+        ValueError: there is no such image, or nothing to ask for it.
+    """
+    command = ["docker", "image", "inspect", "--format", "{{.Id}}", image]
+    try:
+        asked = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"image {image}: docker: {error.strerror}") from error
+    if asked.returncode:
+        raise ValueError(f"image {image}: {' '.join(asked.stderr.split())[:300]}")
+    return asked.stdout.strip()
+
+
 @dataclass(frozen=True)
 class PredictorChoice:
     """Which predictor, as the command line names it; sent to every worker, which builds its own.

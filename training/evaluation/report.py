@@ -205,8 +205,13 @@ def _pictures(run: RunFolder, results: Sequence[CaseResult]) -> str:
     for word, result in chosen.items():
         dsc = [result.class_scores("dsc", i)[-1] for i in range(len(result.labels))]
         index = int(np.argmin(np.abs(np.array(dsc) - np.mean(dsc))))
-        case = run.load_case(result.name)
-        png = figures.slices_through_object(case, result, run.load_segs(result.name), index)
+        try:
+            case = run.load_case(result.name)
+            png = figures.slices_through_object(case, result, run.load_segs(result.name), index)
+        except (ValueError, OSError) as error:  # an old run's cases may have moved
+            note = html.escape(f"{word}: {result.name}, not shown: {error}")
+            parts.append(f'<p class="note">{note}</p>')
+            continue
         structure = result.structures[index]
         caption = (
             f"{word}: {result.name}, mean DSC {np.mean(dsc):.3f}; shown: class "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,24 @@ def test_other_settings_need_another_folder(cases, tmp_path, monkeypatch, capsys
     monkeypatch.undo()
     assert run(cases, tmp_path, "--predictor", "box", "--no-boxes", "--name", "box-less") == 0
     assert all(row["DSC_1"] == "0.0" for row in read_csv(tmp_path / "box-less_metrics.csv"))
+
+
+def test_an_image_built_anew_is_another_one(cases, tmp_path, monkeypatch, capsys):
+    """A stand-in for docker that says which image there is and writes nothing."""
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{docker.parent}:/usr/bin:/bin")
+    arguments = ["--predictor", "image", "--image", "team:latest", "--limit", "1"]
+    for identifier, status in (("sha256:1", 1), ("sha256:1", 1), ("sha256:2", 2)):
+        docker.write_text(f'#!/bin/sh\n[ "$2" = inspect ] && echo {identifier}\n')
+        docker.chmod(0o755)
+        assert run(cases, tmp_path / "out", *arguments) == status
+    said = capsys.readouterr()
+    assert "1 of 1 cases already done" in said.out
+    assert "'team:latest sha256:1' -> 'team:latest sha256:2'" in said.err
+    docker.write_text("#!/bin/sh\necho 'No such image: team:latest' >&2\nexit 1\n")
+    assert run(cases, tmp_path / "out", *arguments) == 2
+    assert "error: image team:latest: No such image" in capsys.readouterr().err
 
 
 def test_jobs_give_the_same_scores(cases, tmp_path):
@@ -198,6 +217,17 @@ def test_report_holds_everything(cases, tmp_path, capsys):
     assert page.count("<svg") == 2 + 2 + 1
     assert "http" not in page.replace("http://www.w3.org", "")  # names of SVG's vocabularies
     assert "<script" not in page
+
+
+def test_report_tells_of_runs_whose_cases_have_moved(cases, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(cases, here)
+    out = ["--out", str(tmp_path / "out"), "--limit", "1"]
+    assert main(["--cases", str(here), *out, "--predictor", "box"]) == 0
+    here.rename(there)
+    assert main(["--cases", str(there), *out, "--predictor", "ellipsoid"]) == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Worst: CT_case0.npz, not shown: " in page and page.count("data:image/png") == 3
 
 
 def official(path: Path, finals: dict[str, float]) -> Path:
