@@ -7,6 +7,7 @@ mask has its loss (Wang et al. 2023; the paper's section 2.5: 11 prompts, 2 of t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import torch
@@ -40,13 +41,14 @@ class SamInteraction(nn.Module):
         self.model, self._config = model, config
 
     def forward(
-        self, samples: Sequence[Sample], seeds: Sequence[Sequence[int]]
+        self, samples: Sequence[Sample], seeds: Sequence[Sequence[int]], pointless: AbstractSet[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Prompt each object ``config.rounds`` times.
 
         Args:
             samples: B of them, all with a box or all without.
-            seeds: of each one's clicks; the first one's also say which rounds carry no points.
+            seeds: of each one's clicks.
+            pointless: the rounds that carry no points.
 
         Returns:
             (B,) losses, means over the rounds; (rounds, B) Dice; (B, D, H, W) the last mask.
@@ -56,7 +58,6 @@ class SamInteraction(nn.Module):
         targets = torch.stack([s.target for s in samples])
         truth = targets[:, None].float()
         rngs = [np.random.default_rng(seed) for seed in seeds]
-        pointless = _pointless(config, rngs[0])
         cells = [s.cell for s in samples]
         embedding = self.model.encode_image(masked_z_scores(images)[:, None])
         points, boxes = _first_prompts(samples, images.device)
@@ -131,12 +132,13 @@ class SamRounds:
         """
         config = self._config
         numbers = [step * self._total + slot for slot in self._slots[part]]
-        # A batch has boxes or it has none, the same in every process.
-        chance = np.random.default_rng((config.seed, 4, step, part)).random()
-        boxed = bool(chance >= config.no_box)
+        # A batch has boxes or it has none, and points or none, the same in every process.
+        common = np.random.default_rng((config.seed, 4, step, part))
+        boxed = bool(common.random() >= config.no_box)
+        pointless = _pointless(config, common)
         samples = self._dataset.draw(numbers, config.sam.image_size, boxed, dice)
         seeds = [(config.seed, 5, number) for number in numbers]
-        losses, found, predicted = self._network(samples, seeds)
+        losses, found, predicted = self._network(samples, seeds, pointless)
         for i, row in enumerate(found.tolist()):
             for sample, score in zip(samples, row, strict=True):
                 scores.add(sample.source, boxed, i, score)

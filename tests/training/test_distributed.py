@@ -69,7 +69,7 @@ def _workers(parent: int) -> list[int]:
 
 REFINER = {"accumulate": 2, "hard": 1.0, "lr": 1e-3}
 # Adam makes steps as long as the rate out of the rounding of gradients that are zero.
-SAM = {"network": "sam_med3d", "sam": TINY_SAM, "rounds": 3, "pointless_rounds": 1, "lr": 1e-4}
+SAM = {"network": "sam_med3d", "sam": TINY_SAM, "rounds": 5, "pointless_rounds": 2, "lr": 1e-4}
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds its processes in /proc")
