@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,32 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_saved(path: Path, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
+    """What ``torch.save`` wrote; nothing in it is executed.
+
+    Args:
+        path: of the file.
+        device: where its tensors go.
+        mmap: leave them in the file until they are used.
+
+    Raises:
+        ValueError: the file is damaged, another one, or holds more than tensors and plain values.
+        OSError: it cannot be opened.
+    """
+    try:
+        return torch.load(path, weights_only=True, map_location=device, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path}: not a checkpoint: {reason}") from None
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of a run; nothing in it is executed.
+    """Read a checkpoint of a run, to go on from it.
 
     Raises:
         ValueError: it is no checkpoint of a run.
     """
-    state = torch.load(path, weights_only=True, map_location=device)
+    state = read_saved(path, device)
     if not isinstance(state, dict) or not {"model", "average", "step"} <= set(state):
         raise ValueError(f"{path}: no checkpoint of a run; accepted: checkpoint.pt of training")
     return state

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -182,23 +183,8 @@ class Config:
         """Refuse what no run can be made from.
 
         Raises:
-            ValueError: a value is of another type or out of range.
+            ValueError: a value is out of range.
         """
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            choices = get_args(hint) if get_origin(hint) is Literal else None
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} is {value!r}; accepted: one of {choices}")
-            kind = {"int": int, "bool": bool}.get(str(field.type))
-            if kind is not None and type(value) is not kind:
-                raise ValueError(f"{field.name} is {value!r}; accepted: {kind.__name__}")
-            numeric = str(field.type) in ("float", "float | None")
-            if numeric and not isinstance(value, (int, float)) and value is not None:
-                raise ValueError(
-                    f"{field.name} is {value!r}; accepted: a number"
-                    + (" (YAML takes 1.0e-3, not 1e-3)" if isinstance(value, str) else "")
-                )
         for name in _PROBABILITIES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0..1")
@@ -207,11 +193,18 @@ class Config:
         for name in ("batch", "accumulate", "rounds", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 1")
+        if self.epochs < 0 or (not self.epochs and self.steps < 1):
+            raise ValueError(
+                f"epochs is {self.epochs}, steps {self.steps}; accepted: at least 1 of either"
+            )
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes is {self.minutes}; accepted: null, or above 0")
         if not self.windows or self.windows[0][0] != 0:
             raise ValueError(f"windows is {self.windows}; accepted: pairs, the first at 0.0")
-        if self.network == "refiner" and any(n % self.refiner.stride for _, n in self.windows):
+        stride = self.refiner.stride
+        if self.network == "refiner" and any(n < 1 or n % stride for _, n in self.windows):
             raise ValueError(
-                f"windows is {self.windows}; accepted: multiples of {self.refiner.stride}"
+                f"windows is {self.windows}; accepted: multiples of {stride}"
             )
         if self.optimizer == "muon" and self.network != "refiner":
             raise ValueError(f"optimizer is muon, network {self.network}; accepted: refiner")
@@ -239,25 +232,37 @@ class Config:
         A key of the network's shape has a dot: ``sam.embed_dim=384``.
 
         Raises:
-            ValueError: for an unknown key, a pair without '=' or a value out of range.
+            ValueError: for an unknown key, a pair without '=', what is not YAML, or a value of
+                another type or out of range.
         """
         values: dict[str, Any] = {}
         if path is not None:
-            values.update(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+            read = _yaml(path.read_text(encoding="utf-8"), str(path))
+            if not isinstance(read, dict | None):
+                raise ValueError(f"{path}: received {type(read).__name__}; accepted: keys, values")
+            values.update(read or {})
         for pair in overrides:
-            key, equals, value = pair.partition("=")
+            key, equals, text = pair.partition("=")
             if not equals:
                 raise ValueError(f"--set received {pair!r}; accepted: key=value")
+            value = _yaml(text, f"--set {pair}")
             part, dot, field = key.partition(".")
             if dot:
-                values[part] = {**values.get(part, {}), field: yaml.safe_load(value)}
+                before = values.get(part, {})
+                if not isinstance(before, dict):
+                    raise ValueError(f"{part} is {before!r}; accepted: keys and values")
+                values[part] = {**before, field: value}
             else:
-                values[key] = yaml.safe_load(value)
+                values[key] = value
         return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Build from plain values; lists become tuples. Unknown keys raise ValueError."""
+        """Build from plain values; lists become tuples.
+
+        Raises:
+            ValueError: for an unknown key, or a value of another type or out of range.
+        """
         config: Config = _build(cls, values, "configuration")
         return config
 
@@ -286,7 +291,48 @@ def _build(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:
         for name, part in (("refiner", RefinerConfig), ("sam", SamMed3DConfig)):
             if isinstance(ready.get(name), Mapping):
                 ready[name] = _build(part, ready[name], name)
+    hints = get_type_hints(kind)
+    for name, value in ready.items():
+        if not _is_a(value, hints[name]):
+            meant = isinstance(value, str) and _is_a(0.0, hints[name])
+            more = " (YAML takes 1.0e-3, not 1e-3)" if meant else ""
+            raise ValueError(f"{name} is {_plain(value)!r}; accepted: {_words(hints[name])}{more}")
     return kind(**ready)
+
+
+def _is_a(value: object, hint: Any) -> bool:
+    """Whether a value is of an annotated type; whole numbers are numbers, too."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is UnionType:
+        return any(_is_a(value, part) for part in parts)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        wanted = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(value) == len(wanted) and all(map(_is_a, value, wanted))
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _words(hint: Any) -> str:
+    """An annotated type as YAML would be written."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {parts}"
+    if get_origin(hint) is UnionType:
+        return " or ".join(map(_words, parts))
+    if get_origin(hint) is tuple:
+        return f"[{', '.join('...' if part is Ellipsis else _words(part) for part in parts)}]"
+    plain = {float: "a number", NoneType: "null", str: "text"}
+    return plain.get(hint, hint.__name__ if hint in (int, bool) else "keys and values")
+
+
+def _yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())}; accepted: YAML") from None
 
 
 def _frozen(value: object) -> Any:

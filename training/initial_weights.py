@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from inference.model.refiner import CHANNELS, Refiner, RefinerConfig, with_all_channels
 from inference.model.sam_med3d import SamMed3D, SamMed3DConfig, load_sam_med3d
 from inference.model.weights import find_weights, read_metadata, read_weights, split_prefix
+from training.checkpoint import read_saved
 
 _CONFIGS: dict[str, type[RefinerConfig] | type[SamMed3DConfig]] = {
     "refiner": RefinerConfig,
@@ -57,11 +57,7 @@ def read_checkpoint(path: Path) -> TrainedNetwork:
         ValueError: the file is no checkpoint; nothing in it is executed.
         OSError: it cannot be opened.
     """
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path}: not a checkpoint: {reason}") from None
+    state = read_saved(path, mmap=True)
     kinds = [k for k in _CONFIGS if isinstance(state, dict) and isinstance(state.get(k), Mapping)]
     if len(kinds) != 1 or not isinstance(state.get("average"), Mapping):
         keys = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__

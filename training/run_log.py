@@ -40,8 +40,10 @@ class RunLog:
         kept = [row for row in read_log(self._path) if row["step"] <= step] if step else []
         with self._path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow([*COLUMNS, *(f"dice_{i}" for i in range(rounds))])
-            writer.writerows([_cell(v) for v in row.values()] for row in kept)
+            names = [*COLUMNS, *(f"dice_{i}" for i in range(rounds))]
+            writer.writerow(names)
+            # The run may have had another number of rounds so far.
+            writer.writerows([_cell(row.get(n, math.nan)) for n in names] for row in kept)
         self._events = _event_writer(folder, step) if tensorboard else None
         self._by_round: dict[str, str] = {}
 
@@ -94,7 +96,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
         return [
             {name: float(cell) if cell else math.nan for name, cell in row.items()}
             for row in csv.DictReader(file)
-            if None not in row.values()  # a line cut off by a kill
+            # One of other columns, or cut off by a kill.
+            if None not in row and None not in row.values()
         ]
 
 

@@ -237,7 +237,11 @@ class Trainer:
         shape = PREFIX[self.config.network]
         if shape not in state:
             raise ValueError(f"{path}: no checkpoint of a {self.config.network}")
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: of another {self.config.network}: {reason}") from None
         for name, value in state["average"].items():
             self.average[name].copy_(value)
         # Earlier checkpoints knew one optimiser.

@@ -78,6 +78,18 @@ def test_overrides_beat_the_file(tmp_path: Path) -> None:
         ("network=unet", "accepted: one of"),
         ("windows=[[0.0, 40]]", "accepted: multiples of 16"),
         ("windows=[[0.5, 48]]", "accepted: pairs, the first at 0.0"),
+        ("windows=[[0.0, 0]]", "accepted: multiples of 16"),
+        ("windows=48", r"windows is 48; accepted: \[\[a number, int\], \.\.\.\]"),
+        ("windows=[48]", r"windows is \[48\]; accepted: \[\[a number"),
+        ("windows=[[0.0, 48]", r"--set windows=\[\[0.0, 48\]: while parsing .*; accepted: YAML"),
+        ("milestones=100", r"milestones is 100; accepted: \[a number"),
+        ("betas=[0.9]", r"betas is \[0.9\]; accepted: \[a number, a number\]"),
+        ("lr_prompts=fast", "lr_prompts is 'fast'; accepted: a number or null"),
+        ("init=3", "init is 3; accepted: text or null"),
+        ("refiner=3", "refiner is 3; accepted: keys and values"),
+        ("refiner.blocks=3", "blocks is 3; accepted"),
+        ("steps=0", "epochs is 0, steps 0; accepted"),
+        ("minutes=0", "minutes is 0; accepted: null, or above 0"),
         ("no_mask=-0.1", r"no_mask is -0.1; accepted: 0\.\.1"),
         ("pointless_rounds=6", "pointless_rounds is 6 of 6 rounds"),
     ],
@@ -85,6 +97,15 @@ def test_overrides_beat_the_file(tmp_path: Path) -> None:
 def test_what_no_run_can_be_made_from_is_refused(pair: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.load(None, [pair])
+
+
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    for text, message in (("- lr", "received list; accepted: keys"), ("a: [", "accepted: YAML")):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message) as caught:
+            Config.load(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_muon_is_for_the_refiner() -> None:

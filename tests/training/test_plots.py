@@ -48,6 +48,16 @@ def test_a_run_that_goes_on_drops_later_lines(tmp_path: Path) -> None:
     assert lines[0]["dice_0"] == 0.4 and np.isnan(lines[0]["dice_1"])
 
 
+def test_a_run_goes_on_with_another_number_of_rounds(tmp_path: Path) -> None:
+    _log(tmp_path, [1e-3] * 2)
+    for rounds in (2, 5):
+        RunLog(tmp_path, rounds=rounds, step=2, total=9).close()
+        lines = read_log(tmp_path / "log.csv")
+        assert [line["step"] for line in lines] == [1, 2]
+        assert [line["dice_0"] for line in lines] == [0.4, 0.4]
+        assert [*lines[0]] == [*COLUMNS, *(f"dice_{i}" for i in range(rounds))]
+
+
 def test_the_progress_bar_shows_loss_dice_by_round_and_the_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
