@@ -19,9 +19,9 @@ from inference.coarse import CoarseStage
 from inference.geometry import window_around
 from inference.model.sam_med3d import SamMed3D, load_sam_med3d
 from inference.npz import NpzFile
+from inference.policy import modality_of
 from inference.resampling import resample, to_tensor
 from training.augmentation import masked_z_scores
-from training.evaluation.labelled_case import modality_of
 
 FEATURES = (
     "log voxels",

@@ -203,9 +203,7 @@ class Config:
             raise ValueError(f"windows is {self.windows}; accepted: pairs, the first at 0.0")
         stride = self.refiner.stride
         if self.network == "refiner" and any(n < 1 or n % stride for _, n in self.windows):
-            raise ValueError(
-                f"windows is {self.windows}; accepted: multiples of {stride}"
-            )
+            raise ValueError(f"windows is {self.windows}; accepted: multiples of {stride}")
         if self.optimizer == "muon" and self.network != "refiner":
             raise ValueError(f"optimizer is muon, network {self.network}; accepted: refiner")
         needed = self.batch // self.worker_places

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,16 +94,28 @@ def _describe(weights: Path, digest: str) -> str:
         if not count:
             continue
         training = json.loads(metadata.get(f"{kind}_training", metadata.get("training", "{}")))
-        done = [
-            f"{training[key]:,.0f} {unit}"
-            for key, unit in (("steps", "steps"), ("windows", "windows"), ("minutes", "minutes"))
-            if key in training
-        ]
-        trained = f"; last run: {', '.join(done)}" if done else ""
-        if others := training.get("mean_with"):
-            trained += f"; the mean of its weights and those of {len(others)} before it"
-        lines.append(f"- {title}: {count / 1e6:.2f} M parameters{trained}")
+        lines.append(f"- {title}: {count / 1e6:.2f} M parameters{_trained(training)}")
     return "\n".join(lines)
+
+
+def _trained(training: Mapping[str, Any]) -> str:
+    """How long the last run was, and in which shares its weights are a mean with others'."""
+    alone = {key: value for key, value in training.items() if key != "mean_with"}
+    if not _length(alone):
+        return ""
+    text = f"; last run: {_length(alone)}"
+    if others := training.get("mean_with"):
+        parts = Counter(json.dumps(run, sort_keys=True) for run in [alone, *others])
+        own = parts.pop(json.dumps(alone, sort_keys=True))
+        shares = [f"{own} part{'s' * (own > 1)} of it"]
+        shares += [f"{n} of a run of {_length(json.loads(run))}" for run, n in parts.items()]
+        text += f"; the weights are a mean: {', '.join(shares)}"
+    return text
+
+
+def _length(training: Mapping[str, Any]) -> str:
+    units = ("steps", "windows", "minutes")
+    return ", ".join(f"{training[unit]:,.0f} {unit}" for unit in units if unit in training)
 
 
 def _evaluation(figures: Figures, digest: str) -> str:

@@ -75,10 +75,12 @@ class Step:
 def measure_step(config: Config, volumes: Sequence[LabelledVolume], batch: int) -> Step:
     """Take one optimiser step of ``batch`` windows without accumulation, on the CPU.
 
+    This process does all of it, as only its own time and memory are measured.
+
     Raises:
         ValueError: the data or the configuration cannot be used.
     """
-    config = dataclasses.replace(config, batch=batch, accumulate=1)
+    config = dataclasses.replace(config, batch=batch, accumulate=1, workers=0)
     torch.manual_seed(config.seed)
     dataset = WindowDataset(volumes, config)
     with tempfile.TemporaryDirectory() as out:

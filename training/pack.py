@@ -64,7 +64,7 @@ def _write(paths: Sequence[Path], out: Path, bits: int) -> int:
     with tarfile.open(out, "w:xz", preset=6) as archive:
         for path in paths:
             content = _with_fewer_bits(path, bits)
-            entry = tarfile.TarInfo(f"{path.resolve().parent.name}/{path.name}")
+            entry = tarfile.TarInfo(f"{path.parent.resolve().name}/{path.name}")
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return out.stat().st_size
@@ -74,7 +74,7 @@ def _with_fewer_bits(path: Path, bits: int) -> bytes:
     """The npz file, not compressed, its image as bytes of which the highest ``bits`` count."""
     with NpzFile(path) as file:
         arrays = dict(file)
-    if "imgs" in arrays and bits < 8:
+    if "imgs" in arrays:
         image = np.clip(np.nan_to_num(arrays["imgs"]), 0, 255).astype(np.uint8)
         lost = 8 - bits
         arrays["imgs"] = (image >> lost << lost) + np.uint8(1 << lost >> 1)

@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from inference.geometry import Triple
+from inference.policy import modality_of
 from inference.refinement import hull
 from training.click_simulation import challenge_box
 
@@ -23,7 +24,6 @@ _SMALLEST_OBJECT = 8  # voxels
 _SURFACE_VOXELS = 64  # kept of each object
 _COARSEST = 32  # a pyramid ends where no axis is longer
 _SEED = 17  # of which surface voxels are kept
-_ALIASES = {"MRI": "MR", "Ultrasound": "US"}
 
 Point = tuple[float, float, float]
 
@@ -71,9 +71,8 @@ class LabelledVolume:
 
     @property
     def modality(self) -> str:
-        """The part of the file name before the first underscore."""
-        first = self.name.split("_")[0]
-        return _ALIASES.get(first, first)
+        """The one its file is named after."""
+        return modality_of(self.name)
 
     @property
     def source(self) -> str:

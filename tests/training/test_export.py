@@ -19,7 +19,7 @@ from tests.phantoms import challenge_case, write_npz
 from tests.training.test_initial_weights import SAM, TINY, noisy, write_checkpoint
 from training.evaluation.evaluate import main as evaluate
 from training.export import main as export
-from training.model_card import BEGIN, END, Figures
+from training.model_card import BEGIN, END, Figures, _trained
 from training.model_card import main as model_card
 
 
@@ -134,6 +134,16 @@ def test_checkpoints_of_one_kind_are_averaged(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, (first[name] + second[name]) / 2, rtol=1e-3, atol=1e-3)
     training = json.loads(read_metadata(out)["training"])
     assert len(training["mean_with"]) == 1 and "config" in training["mean_with"][0]
+
+
+def test_a_card_says_what_weights_are_a_mean_of() -> None:
+    last = {"config": {"seed": 2}, "steps": 3020, "windows": 24160, "minutes": 82.0}
+    first = {"config": {"seed": 1}, "steps": 4368}
+    assert _trained({}) == "" and _trained(first) == "; last run: 4,368 steps"
+    assert _trained(last | {"mean_with": [first, last]}) == (
+        "; last run: 3,020 steps, 24,160 windows, 82 minutes; the weights are a mean: 2 parts of "
+        "it, 1 of a run of 4,368 steps"
+    )
 
 
 def test_objects_without_a_box_can_have_a_refiner_of_their_own(

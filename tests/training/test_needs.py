@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.training.balls import TINY_SAM, config, write_balls
-from training.needs import _ON_CPU, Step, main, report
+from training.needs import _ON_CPU, Step, main, measure_step, report
+from training.volumes import load_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tensors here are too small for two
 
@@ -30,6 +32,12 @@ def test_a_step_is_measured_and_the_run_reckoned(
     assert "batch 2 x 1, 6 steps of 2 windows (4 objects an epoch)" in said
     assert main(["--config", str(path), "--data", str(tmp_path / "gone")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_step_is_measured_without_workers(tmp_path: Path) -> None:
+    """What they do would count for nothing."""
+    step = measure_step(config(batch=8, workers=4), load_folder(write_balls(tmp_path)), 1)
+    assert step.windows == 1 and not multiprocessing.active_children()
 
 
 def test_the_reckoning() -> None:

@@ -63,6 +63,23 @@ def test_what_fits_comes_back_as_it_was(folders: list[Path], tmp_path: Path) -> 
                 assert np.array_equal(value, file[key]), (name, key)
 
 
+def test_images_are_bytes_and_folders_keep_their_names(folders: list[Path], tmp_path: Path) -> None:
+    """Whatever type the images had, and wherever the files really lie."""
+    case = folders[0] / "CT_a_0.npz"
+    with NpzFile(case) as file:
+        arrays = dict(file)
+    (tmp_path / "store").mkdir()
+    elsewhere = tmp_path / "store" / case.name
+    np.savez(elsewhere, allow_pickle=True, **(arrays | {"imgs": arrays["imgs"].astype(float)}))
+    case.unlink()
+    case.symlink_to(elsewhere)
+    out = tmp_path / "there" / "data.tar.xz"
+    out.parent.mkdir()
+    assert pack(folders, out, 1 << 20) == 8
+    found = _unpacked(out)["train/CT_a_0.npz"]["imgs"]
+    assert found.dtype == np.uint8 and np.array_equal(found, arrays["imgs"])
+
+
 def test_what_does_not_fit_loses_the_lowest_bits_of_intensities(
     folders: list[Path], tmp_path: Path
 ) -> None:
@@ -101,7 +118,7 @@ def test_from_an_archive_to_weights_and_figures_in_one_command(tmp_path: Path) -
     out = tmp_path / "out"
     command = ["sh", "training/accelerate.sh", str(tmp_path / "data.tar.xz"), str(out), "60"]
     smaller = ["--max-steps", "1", "--device", "cpu", "--threads", "1"]
-    smaller += ["--set", "batch=2", "workers=1"]
+    smaller += ["--set", "batch=2", "workers=1", "windows=[[0.0,16]]"]
     environment = {**os.environ, "PYTHON": sys.executable}
     for steps in ("1", "2"):
         done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,14 @@ def test_volumes_are_read_with_spacing_in_our_order(tmp_path: Path) -> None:
     assert (volume.modality, volume.source) == ("CT", "CT_balls")
     assert [seen.label for seen in volume.objects] == [1, 2]
     assert volume.objects[1].deepest[1:] == pytest.approx((25, 36), abs=1)
+
+
+def test_all_names_of_a_modality_are_trained_on(tmp_path: Path) -> None:
+    folder = write_balls(tmp_path)
+    for name in ("Micro", "Ultrasound", "MRI"):
+        shutil.copy(folder / "CT_balls_0.npz", folder / f"{name}_balls_0.npz")
+    found = [(volume.modality, volume.source) for volume in load_folder(folder)[-3:]]
+    assert found == [(m, f"{m}_balls") for m in ("MR", "Microscopy", "US")]
 
 
 def test_a_case_list_chooses_among_the_files(tmp_path: Path) -> None:

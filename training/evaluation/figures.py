@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from inference.policy import modality_of
 from training.evaluation.comparison import Difference
 from training.evaluation.label_map import LabelMap, union
-from training.evaluation.labelled_case import LabelledCase, modality_of
+from training.evaluation.labelled_case import LabelledCase
 from training.evaluation.protocol import ROUNDS, CaseResult
 from training.evaluation.summary import METRICS, modality_rows
 

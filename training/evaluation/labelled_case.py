@@ -15,8 +15,6 @@ from training.evaluation.label_map import LabelMap
 from training.evaluation.metrics import as_spacing
 from training.evaluation.surface_dice import Spacing
 
-_MODALITIES = {"MRI": "MR", "Ultrasound": "US", "Micro": "Microscopy"}
-
 
 @dataclass(frozen=True)
 class LabelledCase:
@@ -84,12 +82,6 @@ def load_labelled_case(
         as_spacing(spacing.reshape(-1)),
         _structures(path, reference.labels),
     )
-
-
-def modality_of(name: str) -> str:
-    """The modality a challenge file is named after: CT, MR, PET, US or Microscopy."""
-    prefix = name.split("_", 1)[0]
-    return _MODALITIES.get(prefix, prefix)
 
 
 def _structures(path: Path, labels: list[int]) -> tuple[str, ...]:

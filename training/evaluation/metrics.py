@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,34 +33,6 @@ class Scores:
     def mean_nsd(self) -> float:
         """Mean NSD over the classes."""
         return float(np.mean(self.nsd))
-
-
-def dice(mask: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    """Dice similarity coefficient of two masks of one shape, 0..1; NaN where both are empty."""
-    total = np.count_nonzero(mask) + np.count_nonzero(other)
-    return float(2 * np.count_nonzero(mask & other) / total) if total else math.nan
-
-
-def normalised_surface_distance(
-    mask: NDArray[np.bool_],
-    other: NDArray[np.bool_],
-    spacing: Sequence[float],
-    tolerance_mm: float = TOLERANCE_MM,
-) -> float:
-    """NSD of two (D, H, W) masks, 0..1; NaN where both are empty.
-
-    Args:
-        mask: reference.
-        other: prediction.
-        spacing: mm along the masks' axes.
-        tolerance_mm: surface elements this near or nearer agree.
-    """
-    if mask.shape != other.shape:
-        raise ValueError(f"masks of shapes {mask.shape} and {other.shape}; accepted: the same")
-    mm = as_spacing(spacing)
-    maps = LabelMap.of(mask.astype(np.uint8)), LabelMap.of(other.astype(np.uint8))
-    first, second = (find_surface(m.voxels, 1, m.boxes.get(1), mm) for m in maps)
-    return surface_dice(first, second, mm, tolerance_mm)
 
 
 def as_spacing(spacing: Sequence[float] | NDArray[np.generic]) -> Spacing:

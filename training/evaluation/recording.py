@@ -10,6 +10,7 @@ the masks as the engine made them.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -22,10 +23,11 @@ from numpy.typing import NDArray
 
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.model.weights import find_weights, sha256_of
+from inference.policy import modality_of
 from inference.refinement import ObjectLogits, merge
 from inference.segmenter import Segmenter
 from training.evaluation.label_map import LabelMap
-from training.evaluation.labelled_case import LabelledCase, load_labelled_case, modality_of
+from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.perturbation import EXACT, PromptVariant
 from training.evaluation.predictors import InProcess
 from training.evaluation.protocol import run_case
@@ -165,7 +167,8 @@ def record_folder(
 
     Args:
         cases: challenge files with ``gts``.
-        out: a folder for these weights (by content) and settings is made in it.
+        out: a folder for these cases, weights (by content) and settings is made in it. A record
+            there that is older than its case is made anew.
         weights: the segmenter's bundle.
         objects: most classes of a case.
         per_modality: most cases of a modality; all by default.
@@ -176,7 +179,8 @@ def record_folder(
         The records.
     """
     settings = f"{objects}-{per_modality or 'all'}-{click_rounds}-{without_boxes_every or 'never'}"
-    folder = out / f"{cases.name}-{sha256_of(weights)[:8]}-{settings}"
+    place = hashlib.sha256(str(cases.resolve()).encode()).hexdigest()
+    folder = out / f"{cases.name}-{place[:8]}-{sha256_of(weights)[:8]}-{settings}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = sorted(path for path in cases.glob("*.npz") if not path.name.startswith("."))
     if not paths:
@@ -189,7 +193,7 @@ def record_folder(
     for index, path in enumerate(paths):
         record = folder / path.name
         records.append(record)
-        if record.is_file():
+        if record.is_file() and record.stat().st_mtime >= path.stat().st_mtime:
             continue
         segmenter = segmenter or Segmenter.from_files(weights)
         boxes = without_boxes_every is None or index % without_boxes_every != 0

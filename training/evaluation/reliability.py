@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.model.weights import find_weights
-from training.evaluation.labelled_case import LabelledCase, load_labelled_case, modality_of
+from inference.policy import modality_of
+from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.recording import RecordedCase, load_record, record_folder, restrict
 from training.evaluation.report import write_report
 from training.evaluation.results import list_runs, write_csv

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.evaluation.labelled_case import modality_of
+from inference.policy import modality_of
 from training.evaluation.metrics import area_under_curve
 from training.evaluation.protocol import ROUNDS, CaseResult
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +253,13 @@ def test_the_command_writes_its_tables_and_reuses_its_records(
     assert ablation.main(arguments) == 0
     again = (tmp_path / "out" / "ablation_scores.csv").read_text(encoding="utf-8").splitlines()
     assert again == scores
+    # A case that was written again is another one, and so is one of its name elsewhere.
+    moved = shutil.copytree(folder, tmp_path / "moved" / folder.name)
+    for path in (folder, moved):
+        os.utime(path / "CT_set_3.npz")
+        arguments[1] = str(path)
+        with pytest.raises(AssertionError, match="recorded anew"):
+            ablation.main(arguments)
 
 
 def test_a_folder_without_cases_is_refused(tmp_path, capsys):

@@ -11,10 +11,11 @@ import pytest
 
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
+from inference.policy import modality_of
 from tests.phantoms import challenge_case, objects, write_npz
 from tests.training.evaluation import official_restatement as official
 from tests.training.evaluation.obedient import by_files, obedient
-from training.evaluation.labelled_case import load_labelled_case, modality_of
+from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.perturbation import VARIANTS
 from training.evaluation.predictors import InProcess, Prediction, PredictionError
 from training.evaluation.protocol import CaseResult, official_row, run_case
