@@ -92,10 +92,14 @@ class Region:
         return self.positive if self.centre is None else (*self.positive, self.centre)
 
     def reach(self, share: float, mask: Mask) -> tuple[float, float, float]:
-        """``share`` of a mask's equivalent diameter, in voxels along each axis."""
+        """``share`` of a mask's equivalent diameter, in voxels along each axis.
+
+        An axis's own length is the most: what reaches further finds nothing more.
+        """
         volume = np.count_nonzero(mask) * math.prod(self.spacing_mm)
         length = share * 2 * (volume * 3 / (4 * math.pi)) ** (1 / 3)
-        z, y, x = (length / spacing for spacing in self.spacing_mm)
+        pairs = zip(self.spacing_mm, mask.shape, strict=True)
+        z, y, x = (min(length / spacing, n) for spacing, n in pairs)
         return z, y, x
 
 
@@ -280,14 +284,16 @@ def _enclosed(background: NDArray[np.unsignedinteger], count: int) -> NDArray[np
 def dilated(mask: Mask, reach: Triple) -> Mask:
     """Dilation of a (d, h, w) mask by a cuboid of ``reach`` voxels to every side, axis by axis."""
     for axis, steps in enumerate(reach):
-        for _ in range(steps):
+        done = 0
+        while done < steps:
+            step = min(done + 1, steps - done)  # by a longer one, places between would be missed
             before, after = [slice(None)] * 3, [slice(None)] * 3
-            before[axis], after[axis] = slice(None, -1), slice(1, None)
+            before[axis], after[axis] = slice(None, -step), slice(step, None)
             low, high = tuple(before), tuple(after)
             grown = mask.copy()
             grown[high] |= mask[low]
             grown[low] |= mask[high]
-            mask = grown
+            mask, done = grown, done + step
     return mask
 
 

@@ -169,9 +169,12 @@ class _Reader:
             return (1.0, 1.0, 1.0)
         sizes = [number(value) for value in values]
         low, high = _SPACING_RANGE_MM
-        x, y, z = (size if size is not None and low <= size <= high else 1.0 for size in sizes)
+        usable = [size for size in sizes if size is not None and low <= size <= high]
+        other = max(usable, default=1.0)  # voxels a million times as long as wide there are none
+        x, y, z = (size if size in usable else other for size in sizes)
         if [x, y, z] != sizes:
-            self.notes.append(f"spacing {brief(stored)} is unusable in part: 1 mm was taken there.")
+            said = f"spacing {brief(stored)} is unusable in part"
+            self.notes.append(f"{said}: {other:g} mm was taken there.")
         return (z, y, x)
 
     def previous(self, shape: tuple[int, ...], classes: int) -> NDArray[np.uint8] | None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 Triple = tuple[int, int, int]
 
 
@@ -62,15 +59,6 @@ class Window:
         )
         return z, y, x
 
-    def clip(self, shape: Triple) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Slices of the part inside a volume of ``shape``: in the volume, and in the window."""
-        inner, outer = [], []
-        for a, b, n in zip(self.start, self.stop, shape, strict=True):
-            lo, hi = min(max(a, 0), n), max(min(b, n), 0)
-            inner.append(slice(lo, max(hi, lo)))
-            outer.append(slice(lo - a, max(hi, lo) - a))
-        return tuple(inner), tuple(outer)
-
     def inside(self, shape: Triple) -> tuple[slice, slice, slice]:
         """The cells whose centres lie in a volume of ``shape``: slices of the grid."""
         z, y, x = (
@@ -79,36 +67,6 @@ class Window:
             for a, s, m, n in zip(self.start, self.size, self.shape, shape, strict=True)
         )
         return z, y, x
-
-    def crop(self, volume: NDArray[np.generic], edge: bool = False) -> NDArray[np.generic]:
-        """The window's voxels.
-
-        Args:
-            volume: (D, H, W).
-            edge: outside the volume repeat its outermost voxels, else zeros.
-
-        Returns:
-            An array of :attr:`size`: a view where the window lies inside the volume.
-        """
-        D, H, W = volume.shape
-        inside, outside = self.clip((D, H, W))
-        part = volume[inside]
-        if part.shape == self.size:
-            return part
-        if edge and part.size:
-            before = [place.start for place in outside]
-            widths = [(a, n - a - m) for a, n, m in zip(before, self.size, part.shape, strict=True)]
-            return np.pad(part, widths, mode="edge")
-        if edge:  # nothing of the volume in sight
-            indices = (
-                np.clip(np.arange(a, b), 0, n - 1)
-                for a, b, n in zip(self.start, self.stop, volume.shape, strict=True)
-            )
-            cut: NDArray[np.generic] = volume[np.ix_(*indices)]
-            return cut
-        padded = np.zeros(self.size, volume.dtype)
-        padded[outside] = part
-        return padded
 
 
 #: Least edge of a region of interest, as a share of its longest edge in millimetres.

@@ -22,7 +22,7 @@ from inference.refinement import (
     hull,
     touched_faces,
 )
-from inference.resampling import covered_cells, resample, to_tensor
+from inference.resampling import covered_cells, resample, window_cells
 
 #: Voxels: from here on cells lose of thin layers what the last round had found (chosen on training
 #: cases).
@@ -73,8 +73,8 @@ class Look:
         """The object's mask of the last round in a window's grid, (1, D, H, W) 0/1, or None."""
         if self.labels is None or self.previous is None:
             return None
-        voxels = (window.crop(self.labels) == self.prompts.label).astype(np.uint8)
-        mask = covered_cells(resample(to_tensor(voxels, device), window.shape))
+        share = window_cells(self.labels, window, device, label=self.prompts.label)
+        mask = covered_cells(share)
         return mask.float() if bool(mask.any()) else None
 
     def as_fine_as_before(self, fine: Window, mask: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class ObjectPrompts:
 
     @property
     def is_empty(self) -> bool:
-        """True where nothing was said: the object is left empty."""
+        """True where nothing was said: the object keeps its last mask, if it has one."""
         return self.box is None and not self.clicks
 
 

@@ -1,4 +1,4 @@
-"""Which device to compute on, and which number format networks run in there.
+"""Which device to compute on, and in which number format and order networks run there.
 
 cuDNN chooses its kernels by rule, which is torch's default and is left so: trying them out for each
 number of windows would be paid for at every start, and one case could differ from run to run.
@@ -7,9 +7,13 @@ number of windows would be paid for at every start, and one case could differ fr
 from __future__ import annotations
 
 import logging
+from typing import TypeVar
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _ROOM = 1 << 29  # bytes that must be free on a GPU to begin there: the networks, a few windows
 
@@ -48,3 +52,12 @@ def autocast(device: torch.device) -> torch.autocast:
         return torch.autocast("cuda", dtype)
     supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.autocast("cpu", torch.bfloat16, enabled=supported)
+
+
+def placed(network: Network, device: torch.device) -> Network:
+    """A network of 3D convolutions on a device, its weights in the order in which that computes."""
+    if device.type == "cpu":
+        # With channels first oneDNN reorders what goes in and out of every convolution. CUDA's
+        # group normalisation would reorder the other way round.
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return network.to(device).eval()

@@ -30,6 +30,7 @@ BOX_ALONE = 0.3
 _COARSE_CELL, _COARSE_CELL_OF_THICK = 1.25, 3.0
 #: Cells to a face of its surface from which on an object is thick: a ball of a radius of 11 cells.
 _THICK = 2.4
+_LAST = 1.0  # log-odds of a mask that nothing is said about any more
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 #: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.
 SURE = 100.0
@@ -94,6 +95,19 @@ def bounding_boxes(labels: NDArray[np.uint8]) -> dict[int, tuple[Triple, Triple]
             z0, z1, y0, y1, x0, x1 = (int(edge) for edge in edges)
             found[label] = (z0, y0, x0), (z1 + 1, y1 + 1, x1 + 1)
     return found
+
+
+def last_mask(labels: NDArray[np.uint8], label: int, box: tuple[Triple, Triple]) -> ObjectLogits:
+    """A label's mask as logits that any object that is sure of a voxel outvotes.
+
+    Args:
+        labels: (D, H, W).
+        label: of the object.
+        box: its half-open bounding box.
+    """
+    z, y, x = (slice(a, b) for a, b in zip(*box, strict=True))
+    mask = labels[z, y, x] == label
+    return ObjectLogits(label, box[0], np.where(mask, _LAST, -_LAST).astype(np.float32))
 
 
 def click_voxels(clicks: Sequence[Click], positive: bool = False) -> list[tuple[Triple, Triple]]:
@@ -222,8 +236,9 @@ def fine_shape(window: Window, tile: int, tiles: int, multiple: int) -> Triple:
     """
     step = tile * 3 // 4
     wanted = [max(n, s) for n, s in zip(window.shape, window.size, strict=True)]
-    counts = [1 + max(0, -(-(n - tile * 5 // 4) // step)) for n in wanted]
-    while np.prod(counts) > max(1, tiles):
+    tiles = max(1, tiles)
+    counts = [min(1 + max(0, -(-(n - tile * 5 // 4) // step)), tiles) for n in wanted]
+    while np.prod(counts) > tiles:
         counts[int(np.argmax(counts))] -= 1
     most = [tile + step * (count - 1) for count in counts]
     z, y, x = (-(-min(n, m) // multiple) * multiple for n, m in zip(wanted, most, strict=True))
@@ -234,9 +249,10 @@ def to_voxels(
     logits: Tensor, window: Window, label: int, volume: Triple, floor: float = 0.0
 ) -> ObjectLogits:
     """Logits of a window's grid at the voxels of the volume, cut to where they exceed a floor."""
+    nothing = ObjectLogits(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
     box = bounding_box((logits > floor).cpu().numpy())
     if box is None:
-        return ObjectLogits(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
+        return nothing
     keep, start = [], []
     for a, b, cell, w, s, n in zip(
         box[0], box[1], window.cell, window.start, window.size, volume, strict=True
@@ -244,7 +260,9 @@ def to_voxels(
         # One cell around, since interpolation spreads that far; then only what the volume has.
         low = max(int((a - 1) * cell) - 1, -w, 0)
         high = min(int(np.ceil((b + 1) * cell)) + 1, n - w, s)
-        keep.append(slice(low, max(low, high)))
+        if high <= low:  # all of it beyond the volume
+            return nothing
+        keep.append(slice(low, high))
         start.append(w + low)
     place = (keep[0], keep[1], keep[2])
     voxels = resample(logits[None], window.size, place)[0].cpu().numpy()

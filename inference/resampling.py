@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,21 +32,79 @@ def resample(
         shape: output size.
         keep: the part of the output to compute; all of it by default.
     """
-    volume = volume.contiguous()
     parts = keep or (slice(None), slice(None), slice(None))
-    sizes = [len(range(*part.indices(n))) for part, n in zip(parts, shape, strict=True)]
-    for axis in sorted((1, 2, 3), key=lambda a: sizes[a - 1] / volume.shape[a]):  # shrink first
-        before, n, part = volume.shape[:axis], volume.shape[axis], parts[axis - 1]
-        m = shape[axis - 1]
-        if n == m:
-            volume = volume[(slice(None),) * axis + (part,)].contiguous()
+    maps: list[slice | Tensor] = []
+    for n, m, part in zip(volume.shape[1:], shape, parts, strict=True):
+        first, last, _ = part.indices(m)
+        maps.append(slice(first, last) if n == m else _matrix(n, m, first, last))
+    return _mapped(volume, maps)
+
+
+def window_cells(
+    volume: NDArray[np.generic],
+    window: Window,
+    device: torch.device | str = "cpu",
+    *,
+    edge: bool = False,
+    label: int | None = None,
+) -> Tensor:
+    """What a window shows of a volume: its voxels there, as :func:`resample` has them.
+
+    A window may reach as far beyond the volume as it likes: only voxels that exist are touched.
+
+    Args:
+        volume: (D, H, W), any real dtype.
+        window: where, and in which grid.
+        device: where to compute.
+        edge: beyond the volume its outermost voxels go on, else there are zeros.
+        label: of a label map, the one whose share of each cell is wanted.
+
+    Returns:
+        (1, *window.shape) float32.
+    """
+    places: list[slice] = []
+    maps: list[slice | Tensor] = []
+    for start, stop, m, n in zip(
+        window.start, window.stop, window.shape, volume.shape, strict=True
+    ):
+        low, high = min(max(start, 0), n), max(min(stop, n), 0)
+        if edge and low >= high:  # nothing in sight: the nearest voxel is all there is
+            low = min(low, n - 1)
+            high = low + 1
+        if low >= high:
+            return torch.zeros((1, *window.shape), device=device)
+        places.append(slice(low, high))
+        size = stop - start
+        if size == m == high - low:
+            maps.append(slice(None))
+        else:
+            maps.append(_matrix(size, m, 0, m, low - start, high - start, edge))
+    part = volume[places[0], places[1], places[2]]
+    if label is not None:
+        part = (part == label).view(np.uint8)
+    return _mapped(to_tensor(part, device), maps)
+
+
+def _mapped(volume: Tensor, maps: Sequence[slice | Tensor]) -> Tensor:
+    """(B, D, H, W), each axis mapped: the part to copy, or (inputs, outputs) weights."""
+    volume = volume.contiguous()
+
+    def growth(axis: int) -> float:
+        n, how = volume.shape[axis], maps[axis - 1]
+        return (len(range(n)[how]) if isinstance(how, slice) else how.shape[1]) / n
+
+    for axis in sorted((1, 2, 3), key=growth):  # shrink first
+        how, n, before = maps[axis - 1], volume.shape[axis], volume.shape[:axis]
+        if isinstance(how, slice):
+            volume = volume[(slice(None),) * axis + (how,)].contiguous()
             continue
-        matrix = _matrix(n, m)[:, part].to(volume.device, volume.dtype)
+        matrix = how.to(volume.device, volume.dtype)
         if axis == 3:
             volume = volume @ matrix
         else:  # the axes behind are one: (..., n, rest), so that nothing is transposed
             after = volume.shape[axis + 1 :]
-            volume = (matrix.T @ volume.reshape(*before, n, -1)).reshape(*before, -1, *after)
+            flat = matrix.T @ volume.reshape(*before, n, math.prod(after))
+            volume = flat.reshape(*before, matrix.shape[1], *after)
     return volume
 
 
@@ -107,22 +166,42 @@ def interpolate(values: Tensor, axes: Sequence[Tensor]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _matrix(n: int, m: int) -> Tensor:
-    """(n, m) weights of n input voxels in each of m output cells; columns sum to 1."""
-    weights = np.zeros((n, m), np.float32)
+def _matrix(
+    n: int, m: int, first: int, last: int, low: int = 0, high: int | None = None, edge: bool = True
+) -> Tensor:
+    """Weights of voxels in cells, where n voxels of a window are m cells of its grid.
+
+    Args:
+        n, m: of the window.
+        first, last: the cells that are wanted.
+        low, high: the voxels that there are, counted from the window's start; all by default.
+        edge: the others are as the nearest of these, else zero.
+
+    Returns:
+        (high - low, last - first); columns sum to 1, with zeros outside perhaps to less.
+    """
+    high = n if high is None else high
+    weights = np.zeros((high - low, last - first), np.float32)
+    cells = np.arange(first, last)
     if m > n:
-        position = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
-        low = np.minimum(position.astype(int), max(n - 2, 0))
-        high = np.minimum(low + 1, n - 1)
-        np.add.at(weights, (low, np.arange(m)), 1 - (position - low))
-        np.add.at(weights, (high, np.arange(m)), position - low)
-    else:
-        edges = np.arange(m + 1) * n / m
-        voxels = np.arange(n)
-        overlap = np.minimum(edges[1:], voxels[:, None] + 1) - np.maximum(
-            edges[:-1], voxels[:, None]
-        )
-        weights[:] = np.clip(overlap, 0, None) * m / n
+        position = np.clip((cells + 0.5) * n / m - 0.5, 0, n - 1)
+        left = np.minimum(position.astype(int), max(n - 2, 0))
+        for voxel, share in (
+            (left, 1 - (position - left)),
+            (np.minimum(left + 1, n - 1), position - left),
+        ):
+            there = (low <= voxel) & (voxel < high) | edge
+            held = np.clip(voxel, low, high - 1) - low
+            np.add.at(weights, (held[there], cells[there] - first), share[there])
+        return torch.from_numpy(weights)
+    edges = np.arange(first, last + 1) * n / m
+    voxels = np.arange(low, high)[:, None]
+    # The outermost voxels go on for ever.
+    begin, end = voxels.astype(float), voxels + 1.0
+    if edge:
+        begin[0], end[-1] = -np.inf, np.inf
+    overlap = np.minimum(edges[1:], end) - np.maximum(edges[:-1], begin)
+    weights[:] = np.clip(overlap, 0, None) * m / n
     return torch.from_numpy(weights)
 
 

@@ -26,7 +26,7 @@ from inference.memory import (
 from inference.model.refiner import Refiner, load_refiners
 from inference.model.sam_med3d import load_sam_med3d
 from inference.model.weights import find_weights, read_metadata
-from inference.precision import autocast, choose_device
+from inference.precision import autocast, choose_device, placed
 from inference.prompts import refiner_channels, shifted
 from inference.refinement import (
     BOX_ALONE,
@@ -35,11 +35,12 @@ from inference.refinement import (
     bounding_boxes,
     first_windows,
     honour_clicks,
+    last_mask,
     merge,
     second_grid,
     to_voxels,
 )
-from inference.resampling import resample, to_tensor, transfer
+from inference.resampling import resample, transfer, window_cells
 from inference.sliding_window import Tile, sliding_window, tile_grid
 
 Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
@@ -85,8 +86,8 @@ class Segmenter:
         if refiner is None and coarse is None:
             raise ValueError("neither a refiner nor SAM-Med3D given; accepted: one or both")
         self.device = self.used_device = torch.device(device)
-        self._refiner = None if refiner is None else _placed(refiner, self.device)
-        self._unboxed = self._refiner if unboxed is None else _placed(unboxed, self.device)
+        self._refiner = None if refiner is None else placed(refiner, self.device)
+        self._unboxed = self._refiner if unboxed is None else placed(unboxed, self.device)
         self._coarse = coarse
         self._image: NDArray[np.generic] | None = None
         self._spacing_mm = (1.0, 1.0, 1.0)
@@ -151,11 +152,12 @@ class Segmenter:
         """Segment objects of the image, each by itself but for clicks: those on others count, too.
 
         Args:
-            objects: what is known of each; empty ones are left out.
+            objects: what is known of each.
             previous: (D, H, W) label map of the last round, or None.
 
         Yields:
-            Each object's logits, in the order given.
+            Each object's logits, in the order given. One that nothing is said about keeps its
+            last mask; without any it is left out.
 
         Raises:
             ValueError: if no image is set.
@@ -164,23 +166,28 @@ class Segmenter:
             raise ValueError("no image is set; call set_image first")
         cells = max((refiner.config.window**3 for refiner in self._refiners), default=1)
         batch = windows_at_once(self.device, cells)
-        wanted = [o for o in objects if not o.is_empty]
-        tiles = min(_TILES, _TILES_PER_CASE // max(1, len(wanted)))
         known = {} if previous is None else bounding_boxes(previous)
+        wanted = [o for o in objects if not o.is_empty or o.label in known]
+        tiles = min(_TILES, _TILES_PER_CASE // max(1, sum(not o.is_empty for o in wanted)))
         if any(o.box is None and o.label not in known for o in wanted):
             batch = max(1, batch // len(FIRST_LOOKS))
         clicks = [(o.label, c.position) for o in wanted for c in o.clicks if c.positive]
         boxes = [(o.label, o.box) for o in wanted if o.box is not None]
         for i in range(0, len(wanted), batch):
-            parts = [
-                self._begin(prompts, previous, known.get(prompts.label), clicks, boxes)
-                for prompts in wanted[i : i + batch]
-            ]
+            some = wanted[i : i + batch]
+            parts = {
+                o.label: self._begin(o, previous, known.get(o.label), clicks, boxes)
+                for o in some
+                if not o.is_empty
+            }
             for refiner in self._refiners:
-                looks = [look for part in parts for look in part]
+                looks = [look for part in parts.values() for look in part]
                 self._look(refiner, [k for k in looks if self._asks(k.prompts) is refiner])
-            for part in parts:
-                yield self._finish(part, tiles)
+            for o in some:
+                if o.label in parts:
+                    yield self._finish(parts[o.label], tiles)
+                elif previous is not None:
+                    yield last_mask(previous, o.label, known[o.label])
 
     def _begin(
         self,
@@ -280,7 +287,7 @@ class Segmenter:
     def _cells(self, window: Window) -> Tensor:
         """The image in a window's grid, (1, D, H, W)."""
         assert self._image is not None
-        return resample(to_tensor(window.crop(self._image, edge=True), self.device), window.shape)
+        return window_cells(self._image, window, self.device, edge=True)
 
     def _inside(self, window: Window) -> Tensor:
         """(D, H, W), 1 in a window's cells inside the volume, 0 beyond it."""
@@ -389,12 +396,3 @@ class Segmenter:
                 "SAM-Med3D checkpoint beside it"
             )
         return cls(network, coarse, place, unboxed)
-
-
-def _placed(refiner: Refiner, device: torch.device) -> Refiner:
-    """The network on a device, its weights in the order in which that one computes."""
-    if device.type == "cpu":
-        # With channels first oneDNN reorders what goes in and out of every convolution. CUDA's
-        # group normalisation would reorder the other way round.
-        refiner.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return refiner.to(device).eval()

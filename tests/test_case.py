@@ -253,18 +253,18 @@ SPACINGS: dict[str, tuple[Any, tuple[float, float, float], str]] = {
     "missing": (None, (1, 1, 1), "spacing is missing: 1 mm was taken."),
     "zero": (
         np.array([0.5, 0, 3]),
-        (3, 1, 0.5),
-        "spacing [0.5, 0.0, 3.0] is unusable in part: 1 mm was taken there.",
+        (3, 3, 0.5),
+        "spacing [0.5, 0.0, 3.0] is unusable in part: 3 mm was taken there.",
     ),
     "negative": (
         np.array([0.5, 2, -3]),
-        (1, 2, 0.5),
-        "spacing [0.5, 2.0, -3.0] is unusable in part: 1 mm was taken there.",
+        (2, 2, 0.5),
+        "spacing [0.5, 2.0, -3.0] is unusable in part: 2 mm was taken there.",
     ),
     "NaN": (
         [np.nan, 2, 3],
-        (3, 2, 1),
-        "spacing [nan, 2, 3] is unusable in part: 1 mm was taken there.",
+        (3, 2, 3),
+        "spacing [nan, 2, 3] is unusable in part: 3 mm was taken there.",
     ),
     "too small": (
         np.array([1, 1e-30, 1]),

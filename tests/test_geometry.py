@@ -42,22 +42,6 @@ def test_a_window_of_voxels_is_the_identity_up_to_its_start() -> None:
 
 
 @given(windows(), st.tuples(*[st.integers(1, 20)] * 3))
-def test_crop_shows_the_volume_where_it_is_and_zeros_or_edges_elsewhere(
-    window: Window, shape: tuple[int, int, int]
-) -> None:
-    volume = np.arange(1, 1 + np.prod(shape), dtype=np.int32).reshape(shape)
-    zeros, edges = window.crop(volume), window.crop(volume, edge=True)
-    assert zeros.shape == edges.shape == window.size
-    axes = [np.arange(a, b) for a, b in zip(window.start, window.stop, strict=True)]
-    inside = [(axis >= 0) & (axis < n) for axis, n in zip(axes, shape, strict=True)]
-    held = [np.clip(axis, 0, n - 1) for axis, n in zip(axes, shape, strict=True)]
-    expected = volume[np.ix_(*held)]
-    np.testing.assert_array_equal(edges, expected)
-    mask = inside[0][:, None, None] & inside[1][None, :, None] & inside[2][None, None, :]
-    np.testing.assert_array_equal(zeros, np.where(mask, expected, 0))
-
-
-@given(windows(), st.tuples(*[st.integers(1, 20)] * 3))
 @example(Window((0, -19, 0), (1, 43, 1), (1, 47, 1)), (1, 12, 1))  # a centre on the face
 def test_cells_with_their_centre_in_the_volume_are_inside(
     window: Window, shape: tuple[int, int, int]
@@ -69,20 +53,6 @@ def test_cells_with_their_centre_in_the_volume_are_inside(
         centres = [2 * n * window.start[axis] + (2 * int(i) + 1) * size for i in cells]
         expected = [0 <= centre < 2 * n * shape[axis] for centre in centres]
         assert cells[found].tolist() == cells[expected].tolist()
-
-
-def test_a_crop_inside_the_volume_is_a_view() -> None:
-    volume = np.zeros((6, 7, 8), np.uint8)
-    assert np.shares_memory(Window((1, 1, 1), (5, 5, 5), (4, 4, 4)).crop(volume), volume)
-
-
-@given(windows(), st.tuples(*[st.integers(1, 20)] * 3))
-def test_pasting_a_crop_back_is_the_identity(window: Window, shape: tuple[int, int, int]) -> None:
-    volume = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
-    crop, pasted = window.crop(volume), volume.copy()
-    inside, place = window.clip(shape)
-    pasted[inside] = crop[place]
-    np.testing.assert_array_equal(pasted, volume)
 
 
 @pytest.mark.parametrize(

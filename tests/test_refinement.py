@@ -21,8 +21,10 @@ from inference.refinement import (
     honour_clicks,
     merge,
     second_grid,
+    to_voxels,
     touched_faces,
 )
+from inference.resampling import resample
 from inference.sliding_window import tile_grid
 
 SHAPE = (12, 14, 16)
@@ -221,3 +223,44 @@ def test_a_crowd_of_rounds_cannot_overflow() -> None:
     honoured = honour_clicks(result, [Click((0, 0, 0), True)] * 50 + [Click((0, 0, 0), False)])
     assert merge([honoured], SHAPE)[0, 0, 0] == 0
     assert np.isfinite(honoured.logits).all()
+
+
+@pytest.mark.parametrize("size", [(7, 40, 100), (64, 20, 33)])
+def test_the_cut_to_positive_voxels_loses_none(size: tuple[int, int, int]) -> None:
+    logits = torch.full((32, 32, 32), -2.0)
+    logits[10:20, 3:9, 25:32] = torch.randn(10, 6, 7)
+    window = Window(
+        (-3, 5, 2), tuple(a + n for a, n in zip((-3, 5, 2), size, strict=True)), (32, 32, 32)
+    )  # type: ignore[arg-type]
+    volume = (50, 30, 90)
+    part = to_voxels(logits, window, 1, volume)
+    whole = np.full(volume, -9.0, np.float32)
+    inside = tuple(slice(max(a, 0), b) for a, b in zip(window.start, window.stop, strict=True))
+    place = tuple(slice(max(-a, 0), n - a) for a, n in zip(window.start, volume, strict=True))
+    whole[inside] = resample(logits[None], window.size)[0].numpy()[place]
+    pasted = np.full(volume, -9.0, np.float32)
+    cut = tuple(slice(a, a + n) for a, n in zip(part.start, part.logits.shape, strict=True))
+    pasted[cut] = part.logits
+    np.testing.assert_array_equal(pasted > 0, whole > 0)
+    np.testing.assert_allclose(pasted[whole > 0], whole[whole > 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("start", [-128, -40, 60])
+def test_what_lies_beyond_the_volume_is_nothing(axis: int, start: int) -> None:
+    """Networks say anything there."""
+    logits = torch.full((64, 64, 64), -6.0)
+    place = [slice(10, 20)] * 3
+    place[axis] = slice(2, 8)
+    logits[place[0], place[1], place[2]] = 3
+    low = [0, 0, 0]
+    low[axis] = start
+    window = Window((low[0], low[1], low[2]), (low[0] + 128, low[1] + 128, low[2] + 128), (64,) * 3)
+    volume = [100, 100, 100]
+    volume[axis] = 60
+    assert to_voxels(logits, window, 1, (volume[0], volume[1], volume[2])).logits.size == 0
+
+
+def test_the_grid_of_a_window_without_end_has_its_limits() -> None:
+    window = Window((0, -(10**12), 0), (60, 10**12, 10**12), GRID)
+    assert fine_shape(window, 128, 4, 4) == (60, 224, 224)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from inference.resampling import covered_cells, resample, to_tensor
+from inference.geometry import Window
+from inference.resampling import covered_cells, resample, to_tensor, window_cells
+from tests.test_geometry import windows
 
 
 def test_the_same_size_is_copied_exactly() -> None:
@@ -81,3 +85,38 @@ def test_thin_layers_keep_their_volume_and_a_block_its_half() -> None:
     assert not cells[2].any(), "a quarter at least"
     for one, share in zip(cells, shares, strict=True):
         assert torch.equal(covered_cells(share[None])[0], one), "each by itself"
+
+
+@given(windows(), st.tuples(*[st.integers(1, 20)] * 3))
+def test_a_window_shows_the_volume_as_if_it_went_on(
+    window: Window, shape: tuple[int, int, int]
+) -> None:
+    """Its edge, or zeros; here the voxels beyond are made, in the product they never are."""
+    volume = np.random.default_rng(0).integers(1, 255, shape, dtype=np.uint8)
+    axes = [np.arange(a, b) for a, b in zip(window.start, window.stop, strict=True)]
+    held = [np.clip(axis, 0, n - 1) for axis, n in zip(axes, shape, strict=True)]
+    edges = volume[np.ix_(*held)]
+    there = [(axis == clipped).astype(np.uint8) for axis, clipped in zip(axes, held, strict=True)]
+    zeros = edges * np.einsum("z,y,x->zyx", *there)
+    label = int(volume.flat[0])
+    for expected, found in (
+        (edges, window_cells(volume, window, edge=True)),
+        (zeros, window_cells(volume, window)),
+        (zeros == label, window_cells(volume, window, label=label)),
+    ):
+        whole = resample(to_tensor(expected.astype(np.float32)), window.shape)
+        torch.testing.assert_close(found, whole, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [10**5, 10**12])
+def test_windows_may_reach_anywhere(reach: int) -> None:
+    """They would be volumes of 10^15 voxels and more."""
+    volume = np.full((3, 4, 5), 7, np.uint8)
+    window = Window((-reach,) * 3, (reach,) * 3, (8, 8, 8))
+    cells = window_cells(volume, window, edge=True)
+    torch.testing.assert_close(cells, torch.full((1, 8, 8, 8), 7.0))
+    shares = window_cells(volume, window, label=7)
+    assert float(shares.sum()) == pytest.approx(60 / (2 * reach / 8) ** 3)
+    ramp = torch.arange(8.0)[None, :, None, None].expand(1, 8, 8, 8)
+    part = resample(ramp, window.size, (slice(reach, reach + 3), slice(0, 1), slice(5, 6)))
+    torch.testing.assert_close(part, torch.full((1, 3, 1, 1), 3.5), atol=1e-3, rtol=0)

@@ -17,12 +17,10 @@ from hypothesis import strategies as st
 
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.consensus import consensus
-from inference.geometry import Window
 from inference.model.refiner import CHANNELS, Refiner, RefinerConfig
 from inference.model.weights import save_weights
 from inference.refinement import FIRST_LOOKS, merge
-from inference.resampling import resample
-from inference.segmenter import Segmenter, to_voxels
+from inference.segmenter import Segmenter
 
 SPACING_MM = (3.0, 2.0, 1.0)
 
@@ -68,6 +66,18 @@ def test_boxes_find_their_objects() -> None:
     assert labels.shape == truth.shape and labels.dtype == np.uint8
     for label in (1, 2):
         assert _dice(labels == label, truth == label) > 0.85
+
+
+def test_an_object_that_nothing_is_said_about_keeps_its_mask() -> None:
+    image, truth, boxes = _phantom()
+    for said, changed in ((ObjectPrompts(1, boxes[0]), True), (ObjectPrompts(1), False)):
+        previous = np.where(truth == 2, 2, truth * (not changed)).astype(np.uint8)
+        objects = (said, ObjectPrompts(2), ObjectPrompts(3))
+        labels = _segmenter().segment_case(
+            Case("phantom.npz", image, SPACING_MM, objects, previous=previous)
+        )
+        assert np.array_equal(labels == 2, truth == 2)
+        assert _dice(labels == 1, truth == 1) > (0.85 if changed else 0.999)
 
 
 def test_clicks_alone_find_their_objects() -> None:
@@ -278,25 +288,6 @@ def test_masks_end_with_the_volume() -> None:
     middle = second[0, :, second.shape[2] // 2, second.shape[3] // 2]
     beyond = round(len(middle) * 25.6 / 115.2)  # of 1.8 x 64 voxels, 0.4 x 64 lie outside
     assert (middle[: beyond - 1] == -1).all() and (middle[beyond + 1 : 2 * beyond] == 1).all()
-
-
-@pytest.mark.parametrize("size", [(7, 40, 100), (64, 20, 33)])
-def test_the_cut_to_positive_voxels_loses_none(size: tuple[int, int, int]) -> None:
-    logits = torch.full((32, 32, 32), -2.0)
-    logits[10:20, 3:9, 25:32] = torch.randn(10, 6, 7)
-    window = Window(
-        (-3, 5, 2), tuple(a + n for a, n in zip((-3, 5, 2), size, strict=True)), (32, 32, 32)
-    )  # type: ignore[arg-type]
-    volume = (50, 30, 90)
-    part = to_voxels(logits, window, 1, volume)
-    whole = np.full(volume, -9.0, np.float32)
-    inside, place = window.clip(volume)
-    whole[inside] = resample(logits[None], window.size)[0].numpy()[place]
-    pasted = np.full(volume, -9.0, np.float32)
-    cut = tuple(slice(a, a + n) for a, n in zip(part.start, part.logits.shape, strict=True))
-    pasted[cut] = part.logits
-    np.testing.assert_array_equal(pasted > 0, whole > 0)
-    np.testing.assert_allclose(pasted[whole > 0], whole[whole > 0], atol=1e-5)
 
 
 def test_objects_without_a_box_ask_their_own_refiner() -> None:

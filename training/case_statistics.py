@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ from inference.geometry import window_around
 from inference.model.sam_med3d import SamMed3D, load_sam_med3d
 from inference.npz import NpzFile
 from inference.policy import modality_of
-from inference.resampling import resample, to_tensor
+from inference.resampling import window_cells
 from training.augmentation import masked_z_scores
 
 FEATURES = (
@@ -237,11 +238,10 @@ def embed(
     region = window_around(starts, stops, stage.shape, spacing_mm, _REGION)
     window = stage.window(region, spacing_mm)
     device = next(model.parameters()).device
-    cells = resample(to_tensor(window.crop(image), device), window.shape)
+    cells = window_cells(image, window, device)
     with torch.inference_mode():
         embedding = model.encode_image(masked_z_scores(cells)[None])[0]  # (C, g, g, g)
-        share = to_tensor(window.crop(mask), device)
         g = embedding.shape[1]
-        weights = resample(share, (g, g, g))
+        weights = window_cells(mask, dataclasses.replace(window, shape=(g, g, g)), device)
         pooled = (embedding * weights).sum((1, 2, 3)) / weights.sum().clamp_min(1e-6)
     return pooled.double().cpu().numpy()

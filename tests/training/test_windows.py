@@ -14,7 +14,7 @@ from scipy import ndimage
 from inference.coarse import CoarseStage
 from inference.geometry import Window, window_around
 from inference.model.sam_med3d import SamMed3D
-from inference.resampling import resample
+from inference.resampling import window_cells
 from tests.training.balls import TINY_SAM, config, write_balls
 from training.click_simulation import challenge_box
 from training.losses import dice_score
@@ -56,11 +56,8 @@ def _as_inference(volume: LabelledVolume, plan: Plan) -> tuple[torch.Tensor, tor
     """Image and the object's share in a plan's window, as inference resamples them."""
     assert volume.image is not None
     window = _window(plan)
-    image = window.crop(volume.image.numpy(), edge=True)
-    mask = window.crop(volume.labels.numpy()) == plan.label
-    both = (torch.from_numpy(np.ascontiguousarray(v)).float()[None] for v in (image, mask))
-    cells, share = (resample(v, window.shape)[0] for v in both)
-    return cells, share
+    cells = window_cells(volume.image.numpy(), window, edge=True)[0]
+    return cells, window_cells(volume.labels.numpy(), window, label=plan.label)[0]
 
 
 def _displacement(ours: torch.Tensor, expected: torch.Tensor) -> list[float]:

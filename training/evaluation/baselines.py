@@ -19,7 +19,7 @@ from inference.case import Case, ObjectPrompts
 from inference.model.refiner import CHANNELS, RefinerConfig
 from inference.prompts import WindowPrompts, normalise_window, refiner_channels, window_prompts
 from inference.refinement import bounding_box, first_windows, honour_clicks, merge, to_voxels
-from inference.resampling import resample, to_tensor
+from inference.resampling import window_cells
 
 # Radius of an object that is known by a click alone, as a fraction of the volume's edges.
 _UNBOXED_RADIUS = 0.1
@@ -171,9 +171,8 @@ def _object_by_object(case: Case, edge: int, log_odds: Callable[[_View], Tensor]
             before = bounding_box(case.previous == prompts.label)
         (window,) = first_windows(prompts, before, shape, case.spacing_mm, cells, [_UNBOXED_EDGE])
         if before is not None and case.previous is not None:
-            mask = (window.crop(case.previous) == prompts.label).astype(np.uint8)
-            previous = resample(to_tensor(mask), cells)[0]
-        image = resample(to_tensor(window.crop(case.image, edge=True)), cells)[0]
+            previous = window_cells(case.previous, window, label=prompts.label)[0]
+        image = window_cells(case.image, window, edge=True)[0]
         found = log_odds(_View(image, window_prompts(prompts, window), previous))
         voxels = to_voxels(found, window, prompts.label, shape)
         results.append(honour_clicks(voxels, prompts.clicks))
