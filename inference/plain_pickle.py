@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -31,26 +32,34 @@ _OPCODES = frozenset(
     PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET""".split()  # noqa: SIM905
 )
 
+#: Bytes that the pickle being read may still make, and how many in all by its own.
+_left: ContextVar[int] = ContextVar("_left")
+_GROWTH, _ROOM = 10, 1 << 16
+
 
 def load_plain_pickle(data: bytes) -> object:
     """The object of a pickle that may hold only plain data.
 
-    That is: dict, list, tuple, int (of at most 64 bits), float, str, bytes, bool, None, and numpy
-    arrays and scalars of bool, integer, float, string and object dtype.
+    That is: dict (of keys other than tuples), list, tuple, int (of at most 64 bits), float, str,
+    bytes, bool, None, and numpy arrays and scalars of bool, integer, float, string and object
+    dtype. Its arrays and bytes may take ten times the pickle's size: one text can be named often.
 
     Raises:
         ValueError: if it holds anything else, or is damaged.
     """
     try:
+        tuples = _Tuples()
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in _OPCODES:
                 raise ValueError(f"a pickle with the instruction {opcode.name}")
-            if not isinstance(argument, int):
-                continue
             # The unpickler makes its memo as long as the largest index asks, and integers over
             # 64 bits can be chosen to collide as keys of a dict.
-            if ("PUT" in opcode.name and argument > len(data)) or argument.bit_length() > 64:
+            if isinstance(argument, int) and (
+                ("PUT" in opcode.name and argument > len(data)) or argument.bit_length() > 64
+            ):
                 raise ValueError(f"a pickle with {opcode.name} of {argument.bit_length()} bits")
+            tuples.follow(opcode, argument)
+        _left.set(_GROWTH * len(data) + _ROOM)
         return _PlainUnpickler(io.BytesIO(data)).load()
     except MemoryError:
         raise
@@ -58,6 +67,50 @@ def load_plain_pickle(data: bytes) -> object:
         raise ValueError(str(error) or "a damaged pickle") from None
     except Exception as error:  # a damaged pickle may raise anything (documentation of pickle)
         raise ValueError(f"a pickle that cannot be read: {error}") from None
+
+
+def _effect(opcode: pickletools.OpcodeInfo) -> tuple[bool, int, int]:
+    """Whether all above a mark is taken, how many things besides, and how many come instead."""
+    before = [one.name for one in opcode.stack_before]
+    marked = "mark" in before
+    return marked, before.index("mark") if marked else len(before), len(opcode.stack_after)
+
+
+_EFFECTS = {one.name: _effect(one) for one in pickletools.opcodes if one.name in _OPCODES}
+#: Which of the things that an instruction takes are keys.
+_KEYS = {"SETITEM": slice(1, 2), "SETITEMS": slice(1, None, 2), "DICT": slice(0, None, 2)}
+
+
+class _Tuples:
+    """Follows which things on an unpickler's stack are tuples: none may be the key of a dict.
+
+    Their hashes can be made to collide, or to take for ever where each holds the one before twice.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[bool] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, bool] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+        """What one instruction does to the stack."""
+        name, stack = opcode.name, self._stack
+        place = argument if isinstance(argument, int) else len(self._memo)
+        if name == "MARK":
+            self._marks.append(len(stack))
+        elif name == "MEMOIZE" or "PUT" in name:
+            self._memo[place] = stack[-1]
+        elif "GET" in name:
+            stack.append(self._memo[place])
+        else:
+            marked, count, results = _EFFECTS[name]
+            first = (self._marks.pop() if marked else len(stack)) - count
+            if first < 0:
+                raise ValueError("a pickle that cannot be read: it takes what is not there")
+            if name in _KEYS and any(stack[first:][_KEYS[name]]):
+                raise ValueError("a pickle of a dict whose key is a tuple")
+            del stack[first:]
+            stack += ["TUPLE" in name] * results
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -91,7 +144,7 @@ class _Dtype:
 
     def __init__(self, code: object, *_: object) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[?biufOSU]\d{0,6}", code):
-            raise ValueError(f"a pickle with the dtype {code!r:.40}")
+            raise ValueError(f"a pickle with the dtype {_brief(code)}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -112,7 +165,20 @@ class _PickledArray(np.ndarray[Any, np.dtype[Any]]):
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran_order, data = state
         _check_array(shape, dtype, data)
+        _spend(math.prod(shape) * dtype.dtype.itemsize)
         super().__setstate__((1, shape, dtype.dtype, bool(fortran_order), data))  # type: ignore[arg-type]
+
+
+def _spend(count: int) -> None:
+    """Take from the bytes that the pickle may still make."""
+    _left.set(_left.get() - count)
+    if _left.get() < 0:
+        raise ValueError(f"a pickle that grows to over {_GROWTH} times its size")
+
+
+def _brief(value: object) -> str:
+    """Text as it is, of anything else its type: it may hold more than can be written."""
+    return repr(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _check_array(shape: object, dtype: object, data: object) -> None:
@@ -142,13 +208,15 @@ def _array_from_buffer(data: bytes, dtype: _Dtype, shape: Any, order: str) -> ND
 def _scalar(dtype: _Dtype, data: bytes) -> object:
     """``numpy.core.multiarray.scalar``."""
     _check_array((), dtype, data)
+    _spend(len(data))
     return np.frombuffer(data, dtype.dtype)[0]
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """``_codecs.encode``: how protocols 0 to 2 write bytes."""
     if encoding != "latin1":
-        raise ValueError(f"a pickle with bytes encoded as {encoding!r:.40}")
+        raise ValueError(f"a pickle with bytes encoded as {_brief(encoding)}")
+    _spend(len(text))
     return text.encode("latin1")
 
 

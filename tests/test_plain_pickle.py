@@ -70,6 +70,13 @@ def test_the_challenges_prompts_come_back(protocol: int) -> None:
         assert found.tolist() == case[key].tolist()
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_tuples_are_values_anywhere(protocol: int) -> None:
+    shared = (1, (2, 3))
+    for thing in ({"a": shared, "b": [shared, shared]}, {1: {"x": ()}, 2.5: (shared, {})}):
+        assert load_plain_pickle(pickle.dumps(thing, protocol)) == thing
+
+
 def test_what_numpy_1_wrote_is_read() -> None:
     data = pickle.dumps(objects({"a": np.int64(1)}), 2)
     assert b"numpy._core.multiarray" in data
@@ -146,6 +153,12 @@ def array_state(shape: bytes, dtype: bytes, data: bytes) -> bytes:
     return b"\x80\x04" + EMPTY_ARRAY + b"(K\x01" + shape + dtype + b"\x89" + data + b"tb."
 
 
+def doubled(before: bytes, after: bytes) -> bytes:
+    """Sixty things, each of the last one twice; the first one is there."""
+    pairs = (b"h" + bytes([i]) + b"h" + bytes([i]) for i in range(60))
+    return b"".join(before + pair + after + b"\x94" for pair in pairs)
+
+
 def test_the_pieces_below_make_a_good_pickle() -> None:
     found = load_plain_pickle(array_state(b"K\x03\x85", U1, b"C\x03abc"))
     assert isinstance(found, np.ndarray) and found.tolist() == [97, 98, 99]
@@ -174,6 +187,37 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
     "a bytearray that is not there": (b"\x80\x05\x96" + struct.pack("<Q", 1 << 45) + b".", "."),
     "text that is not there": (b"\x80\x04\x8d" + struct.pack("<Q", 1 << 45) + b".", "."),
     "an unhashable key": (b"}]Ns.", "cannot be read"),
+    # To hash the last of these tuples would take 2^60 steps, to write the last list 2^60 words.
+    "a key of tuples": (b"\x80\x04})\x94" + doubled(b"", b"\x86") + b"Ns.", "key is a tuple"),
+    "a tuple as a key in protocol 0": (b"(d(I1\ntp0\nI2\nsg0\nI3\ns.", "key is a tuple"),
+    "a tuple among keys": (b"}(K\x01K\x02K\x01\x85K\x02u.", "key is a tuple"),
+    "a dtype of lists": (
+        b"\x80\x04]\x94" + doubled(b"](", b"e") + DTYPE + b"h\x3c\x85R.",
+        "with the dtype a list",
+    ),
+    "an encoding of lists": (
+        b"\x80\x04]\x94"
+        + doubled(b"](", b"e")
+        + get("_codecs", "encode")
+        + text("x")
+        + b"h\x3c\x86R.",
+        "encoded as a list",
+    ),
+    "a text encoded often": (
+        b"\x80\x04"
+        + (b"X" + struct.pack("<I", 10_000) + b"x" * 10_000 + b"\x94")
+        + (get("_codecs", "encode") + b"\x94" + text("latin1") + b"\x94")
+        + b"h\x01h\x00h\x02\x86R" * 5000
+        + b".",
+        "grows to over 10 times its size",
+    ),
+    "bytes of many arrays": (
+        b"\x80\x04(K\x01M\x10\x27\x85"
+        + (U1 + b"\x89B" + struct.pack("<I", 10_000) + b"x" * 10_000 + b"t\x94")
+        + (EMPTY_ARRAY + b"h\x00b") * 1000
+        + b".",
+        "grows to over 10 times its size",
+    ),
     "a call of ndarray": (b"\x80\x04" + NDARRAY + b"(" + HUGE + b"tR.", "calls numpy.ndarray"),
     "an array too large": (
         array_state(HUGE + b"\x85", U1, b"C\x03abc"),

@@ -333,7 +333,7 @@ def test_once_its_size_is_known_an_object_asks_both_refiners(
         segmenter = Segmenter(large, unboxed=small)
         segmenter.set_image(case.image, case.spacing_mm)
         asked.clear()
-        (result,) = segmenter.segment(case.objects, case.previous)
+        result, _ = segmenter.segment(case.objects, case.previous)
         assert (True, 0.0) in asked and any(not unboxed for unboxed, _ in asked) == both
         assert all(box > 0 for unboxed, box in asked if not unboxed)
         assert (result.logits.size == n) == both, "the mean is below zero but at the clicks"
