@@ -206,8 +206,6 @@ class _Reader:
         if not boxes and not clicks:
             raise self.error("neither boxes nor clicks", f"boxes, {_BOXES}, or clicks, {_CLICKS}")
         classes = len(boxes or clicks)
-        if classes > MAX_CLASSES:
-            raise self.error(f"prompts for {classes} classes", f"at most {MAX_CLASSES}")
         if boxes and clicks and len(boxes) != len(clicks):
             raise self.error(
                 f"{len(boxes)} boxes, but clicks for {len(clicks)} classes", "one of each a class"
@@ -233,6 +231,8 @@ class _Reader:
         found = entries(stored)
         if found is None:
             raise self.error(f"{key} of type {brief(stored)}", accepted)
+        if len(found) > MAX_CLASSES:
+            raise self.error(f"{key} for {len(found)} classes", f"at most {MAX_CLASSES}")
         return list(found)
 
     def _orders(self, classes: int) -> list[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,21 +21,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.case import MAX_CLASSES
+from inference.intensities import CT_WINDOWS, PERCENTILES, to_uint8
 from inference.nifti_integrity import check_whole
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
+from inference.output import replacing
+from inference.predict import run_program
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-CT_WINDOWS = {"soft": (400, 40), "lung": (1500, -160), "brain": (80, 40), "bone": (1800, 400)}
-"""Width and level in Hounsfield units, as the challenge's images were made."""
-
 AXIAL = "LPS"
 """Orientation of a case: its x to the left, y to the back, z to the head."""
-
-PERCENTILES = (0.5, 99.5)
-"""What other modalities are clipped to (the challenge's too)."""
 
 _UNEVEN = 0.05  # of the distance of slices
 _TOLERANCE = 1e-3  # mm, and of direction cosines: headers hold float32
@@ -103,33 +102,6 @@ def _read_series(folder: Path, series: str | None) -> sitk.Image:
     return sitk.ReadImage(files)
 
 
-def to_uint8(volume: NDArray[Any], window: tuple[float, float] | None = None) -> NDArray[np.uint8]:
-    """Rescale intensities to 0..255, the range of the challenge's images.
-
-    Args:
-        volume: any shape, real; voxels that are not finite become the end of the range they lie
-            at, NaN the lower one.
-        window: width and level of a CT window; None clips to ``PERCENTILES`` of the finite voxels.
-
-    Raises:
-        ValueError: if the window's width is not positive.
-    """
-    if window is None:
-        finite = volume[np.isfinite(volume)] if volume.dtype.kind == "f" else volume
-        low, high = np.percentile(finite, PERCENTILES) if finite.size else (0.0, 0.0)
-    else:
-        width, level = window
-        low, high = level - width / 2, level + width / 2
-        if not width > 0:
-            raise ValueError(f"received a window of width {width}; accepted: a positive width")
-    result = np.zeros(volume.shape, np.uint8)
-    if high > low:
-        for source, target in zip(volume, result, strict=True):  # by slices: float64 is eight times
-            scaled = (np.clip(source.astype(np.float64), low, high) - low) * (255 / (high - low))
-            target[...] = np.rint(np.nan_to_num(scaled))
-    return result
-
-
 def to_case(
     image: sitk.Image,
     window: tuple[float, float] | None = None,
@@ -151,6 +123,10 @@ def to_case(
     Raises:
         ValueError: if labels lie on another grid, there are more than 255, or a prompt is outside.
     """
+    named = max((label for label, _, _ in clicks), default=0)
+    if max(len(boxes), named) > MAX_CLASSES:
+        received = f"{len(boxes)} boxes, clicks on class {named}"
+        raise ValueError(f"received {received}; accepted: classes 1 to {MAX_CLASSES}")
     turned = _turned(image, AXIAL)
     case: dict[str, NDArray[Any]] = {
         "imgs": to_uint8(_array(turned), window),
@@ -170,7 +146,7 @@ def to_case(
     if stored:
         case["boxes"] = np.array(stored, dtype=object)
     if clicks:
-        count = len(stored) or max(label for label, _, _ in clicks)
+        count = len(stored) or named
         positions: list[dict[str, list[list[int]]]] = [{"fg": [], "bg": []} for _ in range(count)]
         orders: list[list[str]] = [[] for _ in range(count)]
         for label, side, index in clicks:
@@ -358,7 +334,8 @@ def _to_npz(options: argparse.Namespace) -> None:
     labels = read_volume(options.labels) if options.labels else None
     clicks = [_click(words) for words in options.click]
     case = to_case(image, options.window, labels, options.box, clicks)
-    np.savez_compressed(options.case, allow_pickle=True, **case)
+    with replacing(options.case) as file:
+        np.savez_compressed(file, allow_pickle=True, **case)
     shape = "x".join(map(str, case["imgs"].shape))
     x, y, z = case["spacing"]
     print(f"{options.case}: {shape} (z,y,x), spacing {z:g}x{y:g}x{x:g} mm")
@@ -369,17 +346,34 @@ def _to_npz(options: argparse.Namespace) -> None:
 
 
 def _to_nifti(options: argparse.Namespace) -> None:
-    import SimpleITK as sitk
 
     source = read_volume(options.image, options.series)
     with NpzFile(options.segs) as arrays:
         if "segs" not in arrays:
             raise ValueError(f"{options.segs}: received keys {list(arrays)}; accepted: segs")
         label_map = arrays["segs"]
-    image = to_image(label_map.astype(np.uint8, copy=False), source)
-    sitk.WriteImage(image, str(options.out), useCompression=True)
-    print(f"{options.out}: {image.GetSize()} (x,y,z), {int(label_map.max())} classes")
+    labels = label_map
+    if labels.dtype != np.uint8 and labels.dtype.kind in "biuf":
+        with np.errstate(invalid="ignore"):
+            labels = labels.astype(np.uint8)
+    if labels.dtype != np.uint8 or not np.array_equal(labels, label_map):
+        kind = f"segs of {label_map.dtype} and shape {label_map.shape}"
+        raise ValueError(f"{options.segs}: received {kind}; accepted: whole numbers 0 to 255")
+    image = to_image(labels, source)
+    _write_whole(image, options.out)
+    print(f"{options.out}: {image.GetSize()} (x,y,z), {int(labels.max())} classes")
+
+
+def _write_whole(image: sitk.Image, out: Path) -> None:
+    """Write an image file, or the two of a format that has a header of its own, whole or not."""
+    import SimpleITK as sitk
+
+    with tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as folder:
+        sitk.WriteImage(image, str(Path(folder, out.name)), useCompression=True)
+        written = sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name)
+        for path in written:  # a header last: it names the other one
+            path.replace(out.parent / path.name)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

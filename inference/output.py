@@ -44,12 +44,12 @@ def save_segmentation(
             f"{path.name}: received a label map of {label_map.dtype} and shape {label_map.shape}; "
             f"accepted: uint8 of shape (D, H, W), under 2 GiB"
         )
-    with _replacing(path) as file:
+    with replacing(path) as file:
         _write_npz(file, {"segs": label_map, **(more or {})})
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` on leaving, or vanishes after an error."""
     # Not tempfile's: its files can be read by their owner only, and in a container the owner is
     # not the user who waits for the result. Opened anew where a crash left one behind. The name

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import sys
 import tempfile
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from inference.segmenter import Segmenter
 
 ALL_WRITTEN, SOME_FAILED, NOT_STARTED = 0, 1, 2
+_MOST_THREADS = 1024
 
 
 class StartError(Exception):
@@ -140,11 +142,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         release_memory()
 
-    print(
+    _write(
         f"{len(paths) - failed} of {len(paths)} cases in {time.perf_counter() - started:.1f} s "
         f"({start_up:.1f} s start-up){note_skipped(skipped)}; results in {options.outputs}"
         + (f", overlays in {options.overlay}" if options.overlay is not None else ""),
-        flush=True,
+        sys.stdout,
     )
     return SOME_FAILED if failed else ALL_WRITTEN
 
@@ -281,10 +283,20 @@ def _report(case: Case, label_map: NDArray[np.uint8], seconds: float, device: st
 def _progress(paths: list[Path]) -> tuple[Iterable[Path], Callable[[str, TextIO], None]]:
     """The paths, under a progress bar on a terminal, and how to print a line beside it."""
     if not sys.stderr.isatty():
-        return paths, lambda line, stream: print(line, file=stream, flush=True)
+        return paths, _write
     from tqdm import tqdm
 
     return tqdm(paths, unit="case"), lambda line, stream: tqdm.write(line, file=stream)
+
+
+def _write(line: str, stream: TextIO) -> None:
+    """Print a line; where nobody reads any more, go on in silence."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def in_one_line(path: Path, error: Exception) -> str:
@@ -314,8 +326,8 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _positive(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    if not 1 <= number <= _MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{number}; accepted: 1 to {_MOST_THREADS}")
     return number
 
 

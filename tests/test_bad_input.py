@@ -75,7 +75,12 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "256 classes": (
         no_prompt(boxes=np.array([BOX] * 256)),
-        "prompts for 256 classes",
+        "boxes for 256 classes",
+        "at most 255",
+    ),
+    "a million classes": (
+        no_prompt(clicks=np.zeros(1_000_000, np.uint8)),
+        "clicks for 1000000 classes",
         "at most 255",
     ),
     "fewer clicks than boxes": (

@@ -14,12 +14,10 @@ import SimpleITK as sitk
 
 from inference.case import Click, load_case, parse_case
 from inference.nifti import (
-    CT_WINDOWS,
     main,
     read_volume,
     to_case,
     to_image,
-    to_uint8,
 )
 from inference.nifti_integrity import check_whole
 from inference.object_prompts import stored_box
@@ -129,40 +127,6 @@ def test_boxes_and_clicks_are_turned_with_the_image(name: str) -> None:
 def test_clicks_alone_make_as_many_classes_as_they_name() -> None:
     case = parse_case(to_case(blobs(np.eye(3)), clicks=[(3, "fg", (6, 8, 10))]), "a")
     assert [prompts.clicks for prompts in case.objects] == [(), (), (Click((10, 8, 6), True),)]
-
-
-# --- intensities ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, low, high",
-    [("soft", -160, 240), ("lung", -910, 590), ("brain", 0, 80), ("bone", -500, 1300)],
-)
-def test_ct_windows(name: str, low: int, high: int) -> None:
-    values = np.array([[[-2000, low, low + (high - low) // 5, high, 3000]]], np.int16)
-    assert to_uint8(values, CT_WINDOWS[name]).ravel().tolist() == [0, 0, 51, 255, 255]
-
-
-@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32, np.float64])
-def test_percentiles(dtype: Any) -> None:
-    values = np.arange(2001).astype(dtype).reshape(3, 23, 29)
-    image = to_uint8(values)
-    low, high = 10, 1990  # 0.5 and 99.5 % of 0..2000
-    expected = np.rint((np.clip(values.astype(float), low, high) - low) * 255 / (high - low))
-    np.testing.assert_array_equal(image, expected)
-
-
-def test_intensities_that_are_no_numbers() -> None:
-    values = np.array([[[0, 100, np.nan, np.inf, -np.inf]]], np.float32)
-    assert to_uint8(values, (100, 50)).ravel().tolist() == [0, 255, 0, 255, 0]
-    assert to_uint8(values).ravel().tolist() == [0, 255, 0, 255, 0]
-    assert not to_uint8(np.full((2, 3, 4), np.nan)).any()
-    assert not to_uint8(np.full((2, 3, 4), 7)).any()
-
-
-def test_a_window_without_width_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^received a window of width -1; accepted: a positive"):
-        to_uint8(np.zeros((1, 1, 1)), (-1, 0))
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -350,6 +314,9 @@ def test_errors_are_one_line_and_status_1(
     (tmp_path / "empty").mkdir()
     save_segmentation(tmp_path / "segs.npz", challenge_case()["gts"])
     np.savez(tmp_path / "b.npz", gts=np.zeros((2, 3, 4)))
+    np.savez(tmp_path / "i.npz", segs=np.full((2, 3, 4), 300, np.int16))
+    np.savez(tmp_path / "f.npz", segs=np.full((2, 3, 4), 0.7))
+    np.savez(tmp_path / "o.npz", segs=np.array([{}], object))
     out = str(tmp_path / "CT.npz")
     commands = {
         f"to-npz {tmp_path}/no.nii {out}": "no such file or folder",
@@ -364,6 +331,10 @@ def test_errors_are_one_line_and_status_1(
         f"to-npz {image} {out} --labels {seg} --click 3 fg 0 0 0": "classes 1 to 2",
         f"to-nifti {tmp_path}/segs.npz {image} {seg}": "received a label map of shape",
         f"to-nifti {tmp_path}/b.npz {image} {seg}": "received keys ['gts']; accepted: segs",
+        f"to-npz {image} {out} --click 256 fg 0 0 0": "0 boxes, clicks on class 256; accepted",
+        f"to-nifti {tmp_path}/i.npz {image} {seg}": "segs of int16 and shape (2, 3, 4); accepted",
+        f"to-nifti {tmp_path}/f.npz {image} {seg}": "segs of float64 and shape (2, 3, 4); accepted",
+        f"to-nifti {tmp_path}/o.npz {image} {seg}": "segs of object and shape (1,); accepted",
         f"to-nifti {image} {image} {seg}": "a.nii: received a file that is no zip archive",
     }
     for command, message in commands.items():
@@ -371,6 +342,36 @@ def test_errors_are_one_line_and_status_1(
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, (command, error)
     assert not Path(out).exists()
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.nii", "out.nii.gz"):
+        sitk.WriteImage(blobs(np.eye(3)), str(tmp_path / name))
+    case, image, out = (str(tmp_path / name) for name in ("CT.npz", "a.nii", "out.nii.gz"))
+    assert main(["to-npz", image, case]) == 0
+    segs = np.zeros(SIZE[::-1], np.int64)
+    np.savez(tmp_path / "segs.npz", segs=segs)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(file: Any, *_: Any, **__: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    def full_too(_: sitk.Image, path: str, **__: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez_compressed", full)
+        patched.setattr(sitk, "WriteImage", full_too)
+        assert main(["to-npz", image, case]) == 1
+        assert main(["to-nifti", str(tmp_path / "segs.npz"), image, out]) == 1
+    assert capsys.readouterr().err.count("No space left") == 2
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert main(["to-nifti", str(tmp_path / "segs.npz"), image, out]) == 0
+    assert not sitk.GetArrayFromImage(sitk.ReadImage(out)).any()
 
 
 @pytest.mark.parametrize("window", ["liver", "400", "400,40,3", "a,b"])

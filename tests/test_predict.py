@@ -7,6 +7,7 @@ of every kind of input is in test_predict_contract.py.
 from __future__ import annotations
 
 import io
+import os
 import sys
 import types
 from pathlib import Path
@@ -124,6 +125,17 @@ def test_a_name_that_the_terminal_cannot_write_is_escaped(stand_in, tmp_path, mo
     assert predict.main(["--inputs", str(tmp_path / "in"), "--outputs", str(tmp_path / "out")]) == 0
     terminal.flush()
     assert terminal.buffer.getvalue().startswith(b"CT_\\xe9.npz: 6x8x10")
+
+
+def test_nobody_has_to_read_what_is_said(stand_in, tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    cases = [write_case(tmp_path / "in", f"CT_{i}.npz") for i in range(3)]
+    with open(writer, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        words = ["--inputs", str(tmp_path / "in"), "--outputs", str(tmp_path / "out")]
+        assert predict.main(words) == 0
+    assert len(list((tmp_path / "out").iterdir())) == len(cases)
 
 
 def test_one_bad_case_stops_no_other(stand_in, run, tmp_path):
@@ -377,7 +389,8 @@ class TestNothingCanStart:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--threads", "0"], ["--threads", "x"], ["--device", "tpu"], ["--refiner"], ["--x"], ["y"]]
+    [["--threads", text] for text in ("0", "x", "10000000000")]
+    + [["--device", "tpu"], ["--refiner"], ["--x"], ["y"]]
     + [["--shard", text] for text in ("0/2", "3/2", "2", "1/", "a/b", "1/2/3", "-1/2")],
 )
 def test_wrong_arguments_end_with_status_2(arguments, capsys):

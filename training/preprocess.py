@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from inference.nifti import CT_WINDOWS
+from inference.intensities import CT_WINDOWS
 from training.raw_case import Conversion, RawCase, convert, list_cases, read_names
 
 MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from inference.intensities import to_uint8
 from inference.nifti import (
     axial_labels,
     orientation_of,
     read_volume,
     renumbered,
     to_case,
-    to_uint8,
 )
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
