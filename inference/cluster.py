@@ -219,6 +219,10 @@ def main(arguments: Sequence[str] | None = None, kind: type[Worker] = Worker) ->
     for name in ("inputs", "outputs", "overlay"):  # a worker's folder is another
         folder = getattr(options, name)
         setattr(options, name, folder and folder.absolute())
+    for name in ("weights", "sam"):  # files, or names of those that ship
+        file = getattr(options, name)
+        if file and Path(file).exists():
+            setattr(options, name, str(Path(file).absolute()))
     started = time.perf_counter()
     try:
         paths, skipped = find_work(options)

@@ -161,7 +161,7 @@ def _read_array(stream: io.BufferedIOBase, size: int) -> NDArray[Any]:
         return array.view(np.ndarray)
     if dtype.hasobject:
         raise ValueError("a record array with objects in it")
-    if not dtype.itemsize and math.prod(shape):  # numpy would make room for a character each
+    if not dtype.itemsize and 0 not in shape:  # numpy would make room for a character each
         raise ValueError(f"shape {shape} of {dtype}, of no bytes each")
     expected = math.prod(shape) * dtype.itemsize
     if expected != body_bytes:

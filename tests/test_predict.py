@@ -131,7 +131,7 @@ def test_nobody_has_to_read_what_is_said(stand_in, tmp_path, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     cases = [write_case(tmp_path / "in", f"CT_{i}.npz") for i in range(3)]
-    with open(writer, "w", encoding="utf-8") as pipe:
+    with os.fdopen(writer, "w", encoding="utf-8") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         words = ["--inputs", str(tmp_path / "in"), "--outputs", str(tmp_path / "out")]
         assert predict.main(words) == 0
