@@ -23,11 +23,12 @@ import torch
 from tests.phantoms import challenge_case, write_npz
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+#: Shape, classes, rounds of clicks; without clicks there are boxes.
 CASES = {
-    "120x512x512, 3 boxes": ((120, 512, 512), 3),
-    "300x512x512, 100 boxes": ((300, 512, 512), 100),
+    "120x512x512, 3 boxes": ((120, 512, 512), 3, 0),
+    "300x512x512, 100 boxes": ((300, 512, 512), 100, 0),
+    "28x3473x448, 1 click": ((28, 3473, 448), 1, 1),
 }
-
 
 #: Runs in the container; where the peak is depends on the version of the control groups.
 SCRIPT = """sh predict.sh >/dev/null && cat /sys/fs/cgroup/memory.peak 2>/dev/null \\
@@ -75,9 +76,10 @@ def main() -> None:
             ["case", "median_s", "peak_gb", "limit_s", "share_of_limit", "runs", "torch", "cores"]
         )
         print(f"{'case':24s} {'median s':>9s} {'peak GB':>8s} {'limit s':>8s} {'share':>6s}")
-        for name, (shape, classes) in CASES.items():
+        for name, (shape, classes, clicks) in CASES.items():
+            case = challenge_case(shape, classes, boxes=not clicks, clicks=clicks, gts=False)
             with tempfile.TemporaryDirectory() as folder:
-                write_npz(Path(folder) / "CT_large.npz", challenge_case(shape, classes, gts=False))
+                write_npz(Path(folder) / "CT_large.npz", case)
                 Path(folder).chmod(0o755)  # a container's user is another
                 runs = [
                     measure_container(Path(folder), options.image)
