@@ -36,6 +36,8 @@ Mask = NDArray[np.bool_]
 #: Logit of a voxel that a step adds or, negative, takes away: enough to be in or out, too little to
 #: outvote another object that the network is sure of.
 _BARELY = np.float32(0.01)
+#: Voxels: no Gaussian need reach further along a shorter axis.
+_FAR = 64
 #: Half the full width at half maximum of a Gaussian of standard deviation 1.
 _HALF_WIDTH = math.sqrt(2 * math.log(2))
 _MASS_BEYOND = 3.0  # standard deviations at which the Gaussian is cut off
@@ -94,12 +96,13 @@ class Region:
     def reach(self, share: float, mask: Mask) -> tuple[float, float, float]:
         """``share`` of a mask's equivalent diameter, in voxels along each axis.
 
-        An axis's own length is the most: what reaches further finds nothing more.
+        Along a short axis :data:`_FAR` is the most, along others their length: where voxels are a
+        million times as long as wide, it would be millions.
         """
         volume = np.count_nonzero(mask) * math.prod(self.spacing_mm)
         length = share * 2 * (volume * 3 / (4 * math.pi)) ** (1 / 3)
         pairs = zip(self.spacing_mm, mask.shape, strict=True)
-        z, y, x = (min(length / spacing, n) for spacing, n in pairs)
+        z, y, x = (min(length / spacing, max(n, _FAR)) for spacing, n in pairs)
         return z, y, x
 
 
@@ -195,7 +198,8 @@ def _cavities(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask
 
 def _gaps(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask:
     """Close with a cuboid of ``amount`` times the object's diameter to every side."""
-    z, y, x = (round(edge) for edge in region.reach(amount, mask))
+    edges = zip(region.reach(amount, mask), mask.shape, strict=True)
+    z, y, x = (min(round(edge), n) for edge, n in edges)  # further off there is nothing to join
     if not z + y + x:
         return mask
     padded = np.pad(mask, [(z, z), (y, y), (x, x)])  # closing never takes a voxel away

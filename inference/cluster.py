@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None, kind: type[Worker] = Worker) ->
         setattr(options, name, folder and folder.absolute())
     for name in ("weights", "sam"):  # files, or names of those that ship
         file = getattr(options, name)
-        if file and Path(file).exists():
+        if file and Path(file).is_file():
             setattr(options, name, str(Path(file).absolute()))
     started = time.perf_counter()
     try:

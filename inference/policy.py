@@ -77,15 +77,15 @@ class Policy:
         """Post-process the objects of a case, each by itself, in the order given.
 
         An object may lie about another; what is then added to it competes for its voxels with a
-        logit barely above zero.
+        logit barely above zero. One that nothing is said about stays as it is: it has been here.
         """
         modality = modality_of(case.name)
         prompts = {one.label: one for one in case.objects}
         for result in results:
-            if not self.rules or not (result.logits > 0).any():
+            own = prompts[result.label]
+            if not self.rules or own.is_empty or not (result.logits > 0).any():
                 yield result
                 continue
-            own = prompts[result.label]
             region = Region.of(result, own, case.spacing_mm)
             image = case.image[result.place]
             features = measure(result.logits, image, region, len(own.clicks))

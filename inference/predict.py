@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         paths, skipped = find_work(options)
         if not paths:  # torch need not be imported to say so
-            print(f"0 of 0 cases{note_skipped(skipped)}; results in {options.outputs}")
+            _write(f"0 of 0 cases{note_skipped(skipped)}; results in {options.outputs}", sys.stdout)
             return ALL_WRITTEN
         segment_file = load(options)
     except StartError as error:
@@ -286,7 +286,11 @@ def _progress(paths: list[Path]) -> tuple[Iterable[Path], Callable[[str, TextIO]
         return paths, _write
     from tqdm import tqdm
 
-    return tqdm(paths, unit="case"), lambda line, stream: tqdm.write(line, file=stream)
+    def beside(line: str, stream: TextIO) -> None:
+        with tqdm.external_write_mode(file=stream):
+            _write(line, stream)
+
+    return tqdm(paths, unit="case"), beside
 
 
 def _write(line: str, stream: TextIO) -> None:

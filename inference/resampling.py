@@ -209,7 +209,10 @@ def to_tensor(voxels: NDArray[np.generic], device: torch.device | str = "cpu") -
     """(D, H, W) array of any real dtype -> (1, D, H, W) float32 on ``device``."""
     if voxels.dtype not in (np.uint8, np.float32):
         voxels = voxels.astype(np.float32)
-    tensor = torch.from_numpy(np.ascontiguousarray(voxels))
+    voxels = np.ascontiguousarray(voxels)
+    if min(voxels.strides, default=0) < 0:  # of an axis of one voxel, turned round
+        voxels = voxels.copy()
+    tensor = torch.from_numpy(voxels)
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()  # uint8 crosses the bus, floats are made on the device
     return tensor.to(device, non_blocking=True).float()[None]

@@ -102,11 +102,14 @@ def test_each_object_is_cleaned_by_its_own_prompts():
         ObjectPrompts(1, Box((8, 8, 8), (22, 22, 22), 15)),
         ObjectPrompts(2, None, (Click((7, 8, 9), True),)),  # in the small ball
         ObjectPrompts(3, None, (Click((0, 0, 0), False),)),
+        ObjectPrompts(4),
     )
+    results.append(ObjectLogits(4, (4, 5, 6), logits.copy()))
     case = Case("CT_x.npz", image, (1.0, 1.0, 1.0), prompts)
-    first, second, third = Policy((Rule("islands", 0.5),)).clean(results, case)
+    first, second, third, silent = Policy((Rule("islands", 0.5),)).clean(results, case)
     assert np.array_equal(first.logits > 0, ball(6) > 0)
     assert second.logits is results[1].logits
     assert third is results[2]
+    assert silent is results[3], "nothing is said about it"
     assert [one.start for one in (first, second)] == [(4, 5, 6)] * 2
     assert list(Policy().clean(results, case)) == results

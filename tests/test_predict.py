@@ -127,15 +127,15 @@ def test_a_name_that_the_terminal_cannot_write_is_escaped(stand_in, tmp_path, mo
     assert terminal.buffer.getvalue().startswith(b"CT_\\xe9.npz: 6x8x10")
 
 
-def test_nobody_has_to_read_what_is_said(stand_in, tmp_path, monkeypatch):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nobody_has_to_read_what_is_said(monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stderr", errors := io.StringIO())
+    monkeypatch.setattr(errors, "isatty", lambda: terminal)
     reader, writer = os.pipe()
     os.close(reader)
-    cases = [write_case(tmp_path / "in", f"CT_{i}.npz") for i in range(3)]
     with os.fdopen(writer, "w", encoding="utf-8") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        words = ["--inputs", str(tmp_path / "in"), "--outputs", str(tmp_path / "out")]
-        assert predict.main(words) == 0
-    assert len(list((tmp_path / "out").iterdir())) == len(cases)
+        paths, write = predict._progress([Path("a"), Path("b"), Path("c")])
+        assert all(write(path.name * 70_000, pipe) is None for path in paths)
 
 
 def test_one_bad_case_stops_no_other(stand_in, run, tmp_path):

@@ -108,6 +108,13 @@ def test_a_window_shows_the_volume_as_if_it_went_on(
         torch.testing.assert_close(found, whole, atol=1e-3, rtol=1e-5)
 
 
+def test_an_array_may_be_turned_round() -> None:
+    """Also along an axis of one voxel, of which NumPy says that it is in order."""
+    volume = np.arange(20, dtype=np.float32).reshape(1, 4, 5)
+    for turned in (volume[::-1], volume[:, ::-1], volume[:, :, ::-1]):
+        assert np.array_equal(to_tensor(turned)[0].numpy(), turned)
+
+
 @pytest.mark.parametrize("reach", [10**5, 10**12])
 def test_windows_may_reach_anywhere(reach: int) -> None:
     """They would be volumes of 10^15 voxels and more."""

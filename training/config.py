@@ -281,7 +281,7 @@ _PROBABILITIES = (
 
 def _build(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:
     names = [field.name for field in dataclasses.fields(kind)]
-    unknown = sorted(set(values) - set(names))
+    unknown = sorted(map(str, set(values) - set(names)))
     if unknown:
         raise ValueError(f"{what} received {unknown}; accepted: {names}")
     ready = {key: _frozen(value) for key, value in values.items()}

@@ -87,6 +87,8 @@ def export(
         # A file with one network has its history under "training".
         key = "training" if len(networks) == 1 else f"{kind}_training"
         *others, training = [dict(network.training) for network in alike]
+        if others and "mean_with" in training:
+            others.append(dict(training))  # a mean itself: what of is not forgotten
         for run in (training, *others):
             if "minutes" in run:
                 run["minutes"] = round(run["minutes"], 1)

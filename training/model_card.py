@@ -104,11 +104,15 @@ def _trained(training: Mapping[str, Any]) -> str:
     if not _length(alone):
         return ""
     text = f"; last run: {_length(alone)}"
-    if others := training.get("mean_with"):
+    others = training.get("mean_with", [])
+    if any("mean_with" in run for run in others):
+        text += "; the weights are a mean, of means among others"
+    elif others:
         parts = Counter(json.dumps(run, sort_keys=True) for run in [alone, *others])
         own = parts.pop(json.dumps(alone, sort_keys=True))
         shares = [f"{own} part{'s' * (own > 1)} of it"]
-        shares += [f"{n} of a run of {_length(json.loads(run))}" for run, n in parts.items()]
+        for run, n in parts.items():
+            shares.append(f"{n} of a run of {_length(json.loads(run)) or 'unknown length'}")
         text += f"; the weights are a mean: {', '.join(shares)}"
     return text
 

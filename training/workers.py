@@ -264,7 +264,7 @@ def _work(pipe: Connection, theirs: Sequence[Connection], shared: _Shared, pool:
     torch.set_num_threads(1)
     try:
         _turns(pipe, shared, pool)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+    except (EOFError, ConnectionError, KeyboardInterrupt):
         return
     except Exception as error:  # it is told where it can be seen
         print(traceback.format_exc(), file=sys.stderr, flush=True)

@@ -101,11 +101,15 @@ def test_what_no_run_can_be_made_from_is_refused(pair: str, message: str) -> Non
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    for text, message in (("- lr", "received list; accepted: keys"), ("a: [", "accepted: YAML")):
+    for text, message in (
+        ("- lr", "received list; accepted: keys"),
+        ("a: [", "accepted: YAML"),
+        ("1: 2\nfoo: 3", r"received \['1', 'foo'\]; accepted"),
+    ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message) as caught:
             Config.load(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_muon_is_for_the_refiner() -> None:

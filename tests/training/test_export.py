@@ -144,6 +144,17 @@ def test_a_card_says_what_weights_are_a_mean_of() -> None:
         "; last run: 3,020 steps, 24,160 windows, 82 minutes; the weights are a mean: 2 parts of "
         "it, 1 of a run of 4,368 steps"
     )
+    assert _trained(first | {"mean_with": [{}]}).endswith("1 of a run of unknown length")
+    assert "of means among others" in _trained(last | {"mean_with": [first | {"mean_with": []}]})
+
+
+def test_a_mean_of_a_mean_says_so(tmp_path: Path) -> None:
+    paths = [write_checkpoint(tmp_path / f"{i}.pt", noisy(Refiner(TINY))) for i in range(2)]
+    mean, again = tmp_path / "mean.safetensors", tmp_path / "again.safetensors"
+    assert run("--checkpoint", paths[0], "--checkpoint", paths[1], "--out", mean) == 0
+    assert run("--checkpoint", paths[0], "--checkpoint", mean, "--out", again) == 0
+    history = json.loads(read_metadata(again)["training"])
+    assert "of means among others" in _trained(history)
 
 
 def test_objects_without_a_box_can_have_a_refiner_of_their_own(

@@ -132,7 +132,13 @@ time.sleep(600)
 def test_workers_end_with_the_process_they_work_for(folder: Path) -> None:
     """However that ends: nobody is left to end them."""
     command = [sys.executable, "-c", KILLED, str(folder)]
-    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as process:
+    said = folder / "said"
+    with (
+        said.open("w") as errors,
+        subprocess.Popen(
+            command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
         assert process.stdout is not None
         workers = process.stdout.readline().split()
         process.kill()
@@ -145,6 +151,7 @@ def test_workers_end_with_the_process_they_work_for(folder: Path) -> None:
     finally:
         for worker in filter(_runs, workers):
             os.kill(int(worker), signal.SIGKILL)
+    assert "Traceback" not in said.read_text(encoding="utf-8")
 
 
 def _runs(process: str) -> bool:
