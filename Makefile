@@ -95,6 +95,7 @@ archive:
 	@docker tag "$(IMAGE)" "$(full_name)"
 	@docker save "$(full_name)" | gzip -n > "$(ARCHIVE).part"
 	@mv "$(ARCHIVE).part" "$(ARCHIVE)"
-	@cd "$(dir $(ARCHIVE))" && sha256sum "$(notdir $(ARCHIVE))" > "$(notdir $(ARCHIVE)).sha256"
+	@cd "$$(dirname "$(ARCHIVE)")" && name="$$(basename "$(ARCHIVE)")" && \
+	    sha256sum "$$name" > "$$name.sha256"
 	@sha256sum "$(ARCHIVE)"
 	@echo "$$(stat -c %s "$(ARCHIVE)" | awk '{ printf "%.0f MB", $$1 / 1e6 }') in $(ARCHIVE)"

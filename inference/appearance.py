@@ -134,7 +134,7 @@ def _binned(image: NDArray[np.generic]) -> NDArray[np.uint8]:
     few = image[::step, ::step, ::step].astype(np.float32)
     low, high = np.percentile(few, (1, 99))
     bins = np.empty(image.shape, np.uint8)
-    scale = (_BINS - 1) / max(high - low, 1e-6)
+    scale = (_BINS - 1) / max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-12)
     for plane, out in zip(image, bins, strict=True):
         out[:] = np.clip((plane.astype(np.float32) - low) * scale, 0, _BINS - 1)
     return bins

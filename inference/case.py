@@ -140,18 +140,21 @@ class _Reader:
         if image.size > MAX_VOXELS:
             raise self.error(f"imgs of {image.size} voxels", f"at most {MAX_VOXELS}")
         image = np.ascontiguousarray(image, image.dtype.newbyteorder("="))
-        return self._finite(image) if image.dtype.kind == "f" else image
+        # Smaller integers are never out of range.
+        return self._finite(image) if image.dtype.kind == "f" or image.itemsize == 8 else image
 
     def _finite(self, image: NDArray[Any]) -> NDArray[Any]:
-        """The float image with NaN, infinities and absurd values replaced; no float128."""
+        """The image with NaN, infinities and absurd values replaced; no float128."""
         if image.dtype.itemsize > 8:
             image = image.astype(np.float64)
-        limit = min(_MAX_INTENSITY, float(np.finfo(image.dtype).max))
+        limit = _MAX_INTENSITY
+        if image.dtype.kind == "f":
+            limit = min(limit, float(np.finfo(image.dtype).max))
         with np.errstate(invalid="ignore"):
             low, high = float(image.min()), float(image.max())  # NaN where there is any
         if -limit <= low and high <= limit:
             return image
-        good = np.abs(image) <= limit
+        good = (-limit <= image) & (image <= limit)
         low, high = (image[good].min(), image[good].max()) if good.any() else (0, 0)
         self.notes.append(
             f"imgs: {good.size - np.count_nonzero(good)} of {good.size} voxels NaN, infinite or "

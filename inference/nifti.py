@@ -12,6 +12,7 @@ label maps turn back exactly. The only module that imports SimpleITK, and only w
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -54,6 +55,11 @@ def read_volume(path: Path | str, series: str | None = None) -> sitk.Image:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
+    try:
+        str(path).encode()  # ITK would end the process
+    except UnicodeEncodeError:
+        name = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise ValueError(f"{name}: accepted: names in UTF-8") from None
     check_whole(path)
     try:
         image = _read_series(path, series) if path.is_dir() else sitk.ReadImage(str(path))
@@ -204,8 +210,13 @@ def axial_labels(labels: sitk.Image, image: sitk.Image) -> NDArray[Any]:
     Raises:
         ValueError: if it lies on another grid than the image.
     """
+    import SimpleITK as sitk
+
     _check_same_grid(image, labels)
-    return _array(_turned(labels, AXIAL))
+    # Tilted by 45 degrees, the last digit of a direction would decide how each of them is turned.
+    alike = sitk.Image(labels)
+    alike.CopyInformation(image)
+    return _array(_turned(alike, AXIAL))
 
 
 def _turned(image: sitk.Image, orientation: str) -> sitk.Image:

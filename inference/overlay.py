@@ -50,7 +50,7 @@ def draw_overlay(
     panels = []
     for grey, (axis, (down, across)) in zip(greys, cuts, strict=True):
         size = (sizes[down], sizes[across])
-        grey = np.clip((grey - low) / max(high - low, 1e-6), 0.0, 1.0)
+        grey = np.clip((grey - low) / max(high - low, 1e-12), 0.0, 1.0)
         panel = np.repeat(_resize_linear(grey, size)[..., None] * 255.0, 3, axis=2)
         labels = _resize_nearest(np.take(label_map, centre[axis], axis=axis), size)
         outline = _outline(labels)

@@ -172,11 +172,13 @@ def moved(prompts: WindowPrompts, move: Callable[[Point], Point]) -> WindowPromp
 
 
 def normalise_window(image: Tensor) -> Tensor:
-    """(B, D, H, W) -> z-scores of each window, clipped to [-3, 3]."""
+    """(B, D, H, W) of any scale -> z-scores of each window, clipped to [-3, 3]."""
     image = image.float()
+    # What is nearly constant for images of 0..255, and for smaller ones in proportion.
+    least = (1e-4 * image.abs().amax((1, 2, 3), keepdim=True)).clamp(1e-12, 1e-3)
     mean = image.mean(dim=(1, 2, 3), keepdim=True)
     std = image.std(dim=(1, 2, 3), keepdim=True, correction=0)
-    return ((image - mean) / std.clamp_min(1e-3)).clamp_(-3, 3)
+    return ((image - mean) / torch.maximum(std, least)).clamp_(-3, 3)
 
 
 def _axes(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -272,7 +272,8 @@ def to_voxels(
 def honour_clicks(result: ObjectLogits, clicks: Sequence[Click]) -> ObjectLogits:
     """Logits in which every click has its way: its voxel is far above or below zero.
 
-    A newer click outvotes an older one on the same voxel, also between objects.
+    A newer click outvotes an older one on the same voxel; of two objects' clicks the one that has
+    more of its own before it.
     """
     if not clicks:
         return result

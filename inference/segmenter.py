@@ -106,7 +106,7 @@ class Segmenter:
 
         Returns:
             (D, H, W) label map. By default each voxel belongs to the object of the highest logit
-            above zero and every click has its way (of two on one voxel the newer one).
+            above zero and every click has its way (:func:`honour_clicks`).
         """
         self.set_image(case.image, case.spacing_mm)
         self.used_device = self.device

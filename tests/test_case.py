@@ -243,6 +243,16 @@ def test_absurd_values_in_the_image() -> None:
     assert "2 of 24 voxels" in only_note(case)
 
 
+@pytest.mark.parametrize("value", [-(1 << 63), 1 << 62])
+def test_integers_may_be_absurd_too(value: int) -> None:
+    image = np.arange(24).reshape(2, 3, 4)
+    image[1, 1, 1] = value
+    case = parse_case(small(image), "a")
+    assert (case.image[1, 1, 1], case.image.dtype) == (0 if value < 0 else 23, np.int64)
+    assert "1 of 24 voxels" in only_note(case)
+    assert parse_case(small(np.arange(24).reshape(2, 3, 4)), "a").notes == ()
+
+
 def test_an_image_without_any_finite_value_is_black() -> None:
     case = parse_case(small(np.full((2, 3, 4), np.nan, np.float32)), "a")
     assert not case.image.any()

@@ -146,7 +146,9 @@ def test_normalisation_ignores_scale_and_offset() -> None:
     torch.testing.assert_close(
         normalise_window(37 * image + 1000), normalise_window(image), atol=1e-3, rtol=1e-3
     )
+    torch.testing.assert_close(normalise_window(1e-7 * image), normalise_window(image))
     assert not normalise_window(torch.full((1, 4, 4, 4), 7.0)).any()
+    assert not normalise_window(torch.zeros(1, 4, 4, 4)).any()
 
 
 def test_thickness_is_cells_to_a_face() -> None:

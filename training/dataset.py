@@ -225,9 +225,16 @@ def _point(values: Sequence[float]) -> Point:
 
 
 def _outside(target: Tensor, places: NDArray[np.float64]) -> tuple[Point, ...]:
-    """Those of (n, 3) cells that are not the object's: a deformation may have moved it there."""
-    z, y, x = torch.from_numpy(places).round().long().to(target.device).unbind(1)
-    return tuple(_point(place) for place in places[~target[z, y, x].cpu().numpy()].tolist())
+    """Those of (n, 3) cells that are not the object's: a deformation may have moved it there.
+
+    Cells beyond the window are none of its.
+    """
+    cells = torch.from_numpy(places).round().long().to(target.device)
+    last = torch.tensor(target.shape, device=target.device) - 1
+    within = ((cells >= 0) & (cells <= last)).all(1)
+    z, y, x = torch.minimum(cells.clamp_min(0), last).unbind(1)
+    own = (target[z, y, x] & within).cpu().numpy()
+    return tuple(_point(place) for place in places[~own].tolist())
 
 
 def _sloppy(low: Point, high: Point, chance: Chance) -> tuple[Point, Point]:

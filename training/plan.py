@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,6 +235,8 @@ class Planner:
                 o for o, k in zip(whole.objects, known, strict=True) if k and o.label not in own
             ]
         cells = _Cells(scale @ turn, origin, edge)
+        if whole_window is not None:  # inference shows a close look all that is said in it
+            cells = cells.within(whole_window, view)
         plan = Plan(
             kind,
             volume,
@@ -252,7 +254,7 @@ class Planner:
             None,
             wide,
             cells.clicks(beside, chance, deepest=not boxed),
-            cells.boxes(beside, view, window.cell),
+            cells.boxes(beside, view, window.cell, chance),
             seed,
         )
         if whole_window is None:
@@ -287,11 +289,22 @@ class _Cells:
         matrix: (3, 3) from the window's -1..1 to voxels.
         origin: (3,) the window's centre.
         edge: cells along each axis.
+        faces: (2, 3) in cells, of what counts: of the window, unless another one is about it.
     """
 
     matrix: NDArray[np.float64]
     origin: NDArray[np.float64]
     edge: int
+    faces: NDArray[np.float64] | None = None
+
+    def within(self, window: Window, view: View) -> _Cells:
+        """The same cells, with all counting that lies in a window with parallel axes about them."""
+        corners = self._of(view.of_volume(np.array([window.start, window.stop]) - 0.5))
+        return dataclasses.replace(self, faces=np.stack([corners.min(0), corners.max(0)]))
+
+    @property
+    def _faces(self) -> tuple[Any, Any]:
+        return (-0.5, self.edge - 0.5) if self.faces is None else (self.faces[0], self.faces[1])
 
     def clicks(
         self, objects: Sequence[TrainingObject], rng: np.random.Generator, deepest: bool
@@ -303,16 +316,24 @@ class _Cells:
             away = np.array(border).reshape(-1, 3) - points
             points += rng.uniform(0, 0.8, (len(points), 1)) * away
         places = self._of(points)
-        return places[((places > -0.5) & (places < self.edge - 0.5)).all(1)]
+        low, high = self._faces
+        return places[((places > low) & (places < high)).all(1)]
 
     def boxes(
-        self, objects: Sequence[TrainingObject], view: View, cell: Point
+        self,
+        objects: Sequence[TrainingObject],
+        view: View,
+        cell: Point,
+        rng: np.random.Generator,
     ) -> NDArray[np.float64]:
         """(n, 2, 3) boxes, those outside left out; upright, however the window is turned."""
-        edges = np.array([view.edges_of(one) for one in objects]).reshape(-1, 2, 3)
+        shifts = view.shifts(len(objects), rng)
+        pairs = zip(objects, shifts, strict=True)
+        edges = np.array([view.edges_of(*pair) for pair in pairs]).reshape(-1, 2, 3)
         half = (edges[:, 1] - edges[:, 0]) / 2 / np.array(cell)
         centre = self._of(view.of_volume(edges.mean(1)))
-        near = ((centre + half > -0.5) & (centre - half < self.edge - 0.5)).all(1)
+        low, high = self._faces
+        near = ((centre + half > low) & (centre - half < high)).all(1)
         return np.stack([centre - half, centre + half], 1)[near]
 
     def _of(self, points: NDArray[np.float64]) -> NDArray[np.float64]:

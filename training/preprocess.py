@@ -167,7 +167,7 @@ class Log:
         self._path = path
         self.rows: dict[str, Row] = {}
         if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
                 reader = csv.DictReader(file)
                 if tuple(reader.fieldnames or ()) != COLUMNS:
                     raise ValueError(f"{path}: accepted: a table of training.preprocess")
@@ -175,7 +175,8 @@ class Log:
                     if None not in row.values() and None not in row:
                         self.rows[row["case"]] = row
         self._write()
-        self._file = path.open("a", encoding="utf-8", newline="")
+        # Names of files are bytes: those that are no text come back as they were.
+        self._file = path.open("a", encoding="utf-8", errors="surrogateescape", newline="")
 
     def add(self, row: Row) -> None:
         """Keep a case that was done or refused."""
@@ -200,7 +201,7 @@ class Log:
 
     def _write(self) -> None:
         temporary = self._path.with_name(f".{self._path.name}.part")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(row for _, row in sorted(self.rows.items()))

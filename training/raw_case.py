@@ -151,7 +151,9 @@ def _read_table(table: Path) -> list[RawCase]:
     if rows and "image" not in rows[0]:
         raise ValueError(f"{table}: columns {list(rows[0])}; accepted: image, labels, case")
     cases = []
-    for row in rows:
+    for line, row in enumerate(rows, start=2):
+        if not row["image"]:
+            raise ValueError(f"{table}: line {line} names no image")
         image = table.parent / row["image"]
         labels = table.parent / row["labels"] if row.get("labels") else None
         name = re.sub(r"[^\w.-]", "-", row.get("case") or _stem(image))
@@ -237,7 +239,9 @@ def _convert_npz(
             raise ValueError(f"{case.labels}: accepted: the key gts")
     if volume is None or spacing is None:
         raise ValueError(f"{case.image}: accepted: the keys imgs and spacing (x, y, z)")
-    if volume.ndim != 3 or volume.size == 0 or volume.dtype.kind not in "biuf":
+    if volume.dtype == bool:
+        volume = volume.view(np.uint8)
+    if volume.ndim != 3 or volume.size == 0 or volume.dtype.kind not in "iuf":
         raise ValueError(
             f"{case.image}: received imgs of {volume.dtype} {volume.shape}; accepted: real, (D,H,W)"
         )

@@ -136,7 +136,9 @@ class SamRounds:
         common = np.random.default_rng((config.seed, 4, step, part))
         boxed = bool(common.random() >= config.no_box)
         pointless = _pointless(config, common)
-        samples = self._dataset.draw(numbers, config.sam.image_size, boxed, dice)
+        # Windows are single precision, whatever the network computes in.
+        with torch.autocast(self._dataset.store.device.type, enabled=False):
+            samples = self._dataset.draw(numbers, config.sam.image_size, boxed, dice)
         seeds = [(config.seed, 5, number) for number in numbers]
         losses, found, predicted = self._network(samples, seeds, pointless)
         for i, row in enumerate(found.tolist()):

@@ -9,6 +9,7 @@ from inference.geometry import Triple, Window, window_around
 from training.volumes import LabelledVolume, Point, TrainingObject
 
 _PUBLIC_SPACING_MM = 1.5  # windows of public SAM-Med3D checkpoints; inference/coarse.py
+_MOST_SHIFT = 5  # of a box's padding in y and x, for 256 voxels
 _PUBLIC_MARGIN = 1.2  # a larger object gets a coarser window, this much larger than it
 
 
@@ -19,12 +20,12 @@ class View:
         volume: that it lies in.
         seen: the object.
         order: the volume's axis of each axis here.
-        rng: draws how far boxes are padded.
+        rng: draws how far its box is padded.
 
     Attributes:
         spacing_mm: along the axes here, as everything that follows.
         longest_mm: the longest edge of the volume.
-        padding: of boxes, in voxels.
+        padding: of its box, in voxels.
         edges: of its padded box, lower and upper, and its middle slice.
     """
 
@@ -34,19 +35,33 @@ class View:
         """Draw the padding."""
         self._seen, self._order = seen, order
         self.spacing_mm = self._turned(volume.spacing_mm)
-        shape = self._turned(volume.labels.shape)
-        self.longest_mm = max(n * mm for n, mm in zip(shape, self.spacing_mm, strict=True))
-        # The challenge's random padding: 0..5 px for a 256 px image, proportionally else.
-        y, x = (float(rng.integers(0, 6)) * n / 256 for n in shape[1:])
-        self.padding = (0.0, y, x)
-        self.edges = (*self.edges_of(seen), seen.boxes[order[0]][2])
+        self._shape = self._turned(volume.labels.shape)
+        self.longest_mm = max(n * mm for n, mm in zip(self._shape, self.spacing_mm, strict=True))
+        shift = int(rng.integers(_MOST_SHIFT + 1))
+        self.padding = self._padding(shift)
+        self.edges = (*self.edges_of(seen, shift), seen.boxes[order[0]][2])
 
-    def edges_of(self, seen: TrainingObject) -> tuple[Point, Point]:
-        """Lower and upper edges of an object's padded box."""
+    def _padding(self, shift: int) -> Point:
+        """The challenge's rule (``stored_box`` of inference/object_prompts.py)."""
+        y, x = (float(int(shift * n / 256)) for n in self._shape[1:])
+        return 0.0, y, x
+
+    def edges_of(self, seen: TrainingObject, shift: int) -> tuple[Point, Point]:
+        """Lower and upper edges of an object's box, padded by a shift of 0..5, as far as there is
+        an image.
+        """
         low, high, _ = seen.boxes[self._order[0]]
-        z0, y0, x0 = (c - p for c, p in zip(self._turned(low), self.padding, strict=True))
-        z1, y1, x1 = (c + p for c, p in zip(self._turned(high), self.padding, strict=True))
-        return (z0, y0, x0), (z1, y1, x1)
+        edges = zip(
+            self._turned(low), self._turned(high), self._padding(shift), self._shape, strict=True
+        )
+        z, y, x = ((max(a - p, -0.5), min(b + p, n - 0.5)) for a, b, p, n in edges)
+        return (z[0], y[0], x[0]), (z[1], y[1], x[1])
+
+    @staticmethod
+    def shifts(count: int, rng: np.random.Generator) -> list[int]:
+        """Of as many objects, each by itself."""
+        drawn: list[int] = rng.integers(_MOST_SHIFT + 1, size=count).tolist()
+        return drawn
 
     def of_volume(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """(n, 3) points along these axes, in the order of the volume's."""

@@ -19,8 +19,10 @@ from inference.geometry import Triple
 from inference.policy import modality_of
 from inference.refinement import hull
 from training.click_simulation import challenge_box
+from training.evaluation.label_map import as_labels
 
 _SMALLEST_OBJECT = 8  # voxels
+_LARGEST_LABEL = 32767
 _SURFACE_VOXELS = 64  # kept of each object
 _COARSEST = 32  # a pyramid ends where no axis is longer
 _SEED = 17  # of which surface voxels are kept
@@ -133,7 +135,14 @@ def _volume(
     spacing_xyz: NDArray[np.generic],
 ) -> LabelledVolume:
     x, y, z = (float(v) for v in spacing_xyz)
-    kept = np.ascontiguousarray(labels.astype(np.uint8 if labels.max() < 256 else np.int16))
+    try:
+        kept = np.ascontiguousarray(as_labels(labels))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if kept.dtype == np.uint16:
+        if kept.max() > _LARGEST_LABEL:
+            raise ValueError(f"{name}: label {kept.max()}; accepted: up to {_LARGEST_LABEL}")
+        kept = kept.astype(np.uint8 if kept.max() < 256 else np.int16)  # torch has no uint16
     voxels = None
     if image is not None:
         if image.shape != labels.shape:

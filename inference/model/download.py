@@ -66,9 +66,9 @@ def fetch(name: str, folder: Path, mirror: str = MIRROR) -> Path:
 
 def _download_all(url: str, part: Path) -> None:
     """Bring ``part`` to its full length, trying again after a failure on the way."""
-    failures = 0  # in a row, without a byte gained
+    failures = most = 0  # failures in a row, without more than ever before
     while True:
-        before = _size(part)
+        most = max(most, _size(part))
         try:
             _download_rest(url, part)
             return
@@ -81,7 +81,7 @@ def _download_all(url: str, part: Path) -> None:
             failure = f"no connection ({error.reason})"
         except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
             failure = str(error) or type(error).__name__
-        failures = 1 if _size(part) > before else failures + 1
+        failures = 1 if _size(part) > most else failures + 1
         if failures == _ATTEMPTS:
             raise OSError(f"{url}: {failure}; the same command goes on from {_size(part)} bytes")
         time.sleep(2.0 ** (failures - 1))
@@ -136,6 +136,8 @@ def _download_rest(url: str, part: Path) -> None:
             if etag:
                 _note_of(part).write_text(etag, encoding="utf-8")
         length = response.headers.get("Content-Length")
+        if not length and "chunked" not in response.headers.get("Transfer-Encoding", ""):
+            raise OSError(f"{url}: the server does not say how long the file is")
         total = have + int(length) if length else None
         _append(response, part, have, total)
 
@@ -151,6 +153,8 @@ def _append(response: http.client.HTTPResponse, part: Path, have: int, total: in
     progress.end()
     if total is not None and have != total:
         raise _BrokenOffError(f"the connection ended after {have} of {total} bytes")
+    if _size(part) != have:
+        raise OSError(f"{part}: another download writes there, too; wait for it, or remove it")
 
 
 def _range_start(response: http.client.HTTPResponse) -> int | None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from inference.model.layers import Conv3d
 from inference.model.weights import load_state, read_weights, split_prefix
 
+_GROUPS = 8  # of the normalisations
 #: Input channels in order; prompts.py makes them.
 CHANNELS = (
     "image",
@@ -55,7 +56,7 @@ class RefinerConfig:
         without: names of :data:`CHANNELS` that it is blind to (to see what they are worth).
 
     Raises:
-        ValueError: ``without`` names no channel.
+        ValueError: ``without`` names no channel, or sizes are none a network can have.
     """
 
     channels: tuple[int, ...] = (32, 64, 96, 128)
@@ -65,7 +66,21 @@ class RefinerConfig:
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse names that are none."""
+        """Refuse names that are none, and sizes that would take all memory and time."""
+        sizes = (*self.channels, *self.blocks, self.window)
+        if not (
+            all(type(n) is int for n in sizes)
+            and 0 < len(self.channels) == len(self.blocks) < 8
+            and all(0 < n <= 4096 and n % _GROUPS == 0 for n in self.channels)
+            and all(0 < n <= 64 for n in self.blocks)
+            and 0 < self.window <= 512
+            and self.window % self.stride == 0
+        ):
+            raise ValueError(
+                f"channels {self.channels}, blocks {self.blocks}, window {self.window}; accepted: "
+                f"as many blocks as channels, these multiples of {_GROUPS}, the window of the "
+                f"stride, {2 ** len(self.channels)}, up to 512"
+            )
         unknown = sorted(set(self.without) - set(CHANNELS))
         if unknown:
             raise ValueError(f"without is {unknown}; accepted: {', '.join(CHANNELS)}")
@@ -102,9 +117,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         """Make a block whose second convolution starts at zero, so that it starts as identity."""
         super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels)
+        self.norm1 = nn.GroupNorm(_GROUPS, channels)
         self.conv1 = Conv3d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(8, channels)
+        self.norm2 = nn.GroupNorm(_GROUPS, channels)
         self.conv2 = Conv3d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
 
@@ -148,7 +163,7 @@ class Refiner(nn.Module):
             nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in itertools.pairwise(widths)
         )
         self.decoder = nn.ModuleList(ResidualBlock(w) for w in widths[:-1])
-        self.norm = nn.GroupNorm(8, widths[0])
+        self.norm = nn.GroupNorm(_GROUPS, widths[0])
         self.head = Conv3d(widths[0], 8, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]

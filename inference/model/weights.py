@@ -42,7 +42,10 @@ def find_weights(name: str | Path = "default", folder: Path = WEIGHTS_DIR) -> Pa
     Raises:
         FileNotFoundError: there is none; the message says what there is and how to get more.
     """
-    tried = [Path(name), *(folder / f"{name}{suffix}" for suffix in ("", *_SUFFIXES))]
+    tried = [folder / f"{name}{suffix}" for suffix in ("", *_SUFFIXES)]
+    given = Path(name)
+    if given.suffix in _SUFFIXES or len(given.parts) > 1:  # a name is none of the caller's files
+        tried.insert(0, given)
     for path in tried:
         if path.is_file():
             return path

@@ -33,7 +33,7 @@ class Server(ThreadingHTTPServer):
         self.etag: str | None = '"one"'
         self.break_after: list[int] = []  # bytes of the next answers' bodies, then the rest
         self.statuses: list[int] = []  # of the next answers
-        self.ranges = True
+        self.ranges = self.lengths = True
         self.content_type = "application/octet-stream"
         self.requests: list[str | None] = []  # the Range of each
 
@@ -76,7 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         if server.etag:
             self.send_header("ETag", server.etag)
         self.send_header("Content-Type", server.content_type)
-        self.send_header("Content-Length", str(len(body)))
+        if server.lengths:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body[: server.break_after.pop(0)] if server.break_after else body)
 
@@ -171,6 +172,37 @@ def test_a_server_without_ranges_or_etag(server: Server, tmp_path: Path, etag: s
     server.break_after = [1_500_000]
     download.fetch(NAME, tmp_path, server.url)
     check(server, tmp_path)
+
+
+def test_what_may_be_cut_short_unseen_is_not_taken(server: Server, tmp_path: Path) -> None:
+    server.lengths, server.break_after = False, [1_000_000]
+    with pytest.raises(OSError, match="does not say how long the file is"):
+        download.fetch(NAME, tmp_path, server.url)
+    assert not (tmp_path / FILE).exists() and not (tmp_path / "SHA256SUMS").exists()
+
+
+def test_a_part_that_another_download_writes_to_is_not_taken(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = tmp_path / f"{FILE}.part"
+
+    def meanwhile(*_: object) -> None:
+        with part.open("ab") as file:
+            file.write(b"another's")
+
+    monkeypatch.setattr(download._Progress, "show", meanwhile)
+    with pytest.raises(OSError, match="another download writes there"):
+        download.fetch(NAME, tmp_path, server.url)
+    assert names(tmp_path) <= {part.name, f"{part.name}.etag"}
+
+
+def test_attempts_that_get_no_further_have_an_end(server: Server, tmp_path: Path) -> None:
+    """Without an ETag each of them begins anew, some a little further than the last one."""
+    server.ranges, server.etag = False, None
+    server.break_after = [200_000, 100_000] * 20
+    with pytest.raises(OSError, match="the connection ended after"):
+        download.fetch(NAME, tmp_path, server.url)
+    assert len(server.requests) == 5
 
 
 def test_another_sha256_is_not_kept(server: Server, tmp_path: Path) -> None:

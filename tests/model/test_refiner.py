@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_a_refiner_may_be_blind_to_a_channel() -> None:
     assert RefinerConfig.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match=r"without is \['hearing'\]; accepted: image, "):
         RefinerConfig(without=("hearing",))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"blocks": [2, 2, 6, 100_000_000]},
+        {"blocks": [2, 2]},
+        {"channels": [32, 64, 96, 100]},
+        {"channels": [], "blocks": []},
+        *({"window": n} for n in (63, 0, -64, 100_000, "64", 64.0)),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused(sizes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"^channels .*; accepted: as many blocks"):
+        RefinerConfig.from_json(json.dumps(sizes))
 
 
 def test_the_refiner_names_the_shape_it_cannot_take() -> None:

@@ -278,6 +278,18 @@ def test_find_weights(state: dict[str, Tensor], tmp_path: Path) -> None:
         find_weights("mine", tmp_path / "absent")
 
 
+def test_a_name_is_none_of_the_callers_files(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("hello", encoding="utf-8")
+    (tmp_path / "weights").mkdir()
+    path = tmp_path / "weights" / "mine.safetensors"
+    save_weights(path, state, {})
+    assert find_weights("mine", tmp_path / "weights") == path
+    assert find_weights(tmp_path / "mine", tmp_path / "weights") == tmp_path / "mine"
+
+
 def test_list(state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b", "c"):
         save_weights(tmp_path / f"{name}.safetensors", state, {})

@@ -18,7 +18,8 @@ def run(*words: object) -> int:
 
 
 def rows(out: Path) -> dict[str, dict[str, str]]:
-    with (out / "preprocess.csv").open(encoding="utf-8", newline="") as file:
+    table = out / "preprocess.csv"
+    with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return {row["case"]: row for row in csv.DictReader(file)}
 
 

@@ -137,8 +137,22 @@ def test_a_table_says_which_belong_together(tmp_path: Path) -> None:
     assert run(table, tmp_path / "out", "--modality", "CT") == 0
     assert arrays(tmp_path / "out" / "CT_own_p1.npz")["gts"].sum() == 30
     assert "gts" not in arrays(tmp_path / "out" / "CT_own_p2.npz")
-    table.write_text("file\np1/ct.nii.gz\n", encoding="utf-8")
-    assert run(table, tmp_path / "out", "--modality", "CT") == 2
+    for text in ("file\np1/ct.nii.gz\n", "case,image\np1,p1/ct.nii.gz\np2\n"):
+        table.write_text(text, encoding="utf-8")
+        assert run(table, tmp_path / "out", "--modality", "CT") == 2
+
+
+@pytest.mark.parametrize(("image", "label"), [(2e-4, -2e-4), (-2e-4, 2e-4), (0, 2e-4), (0, 0)])
+def test_labels_are_turned_as_their_image_is(tmp_path: Path, image: float, label: float) -> None:
+    """Near 45 degrees rounding decides which axis is which."""
+    for name, ending, off in (("images", "nii.gz", image), ("labels", "nrrd", label)):
+        c, s = np.cos(np.pi / 4 + off), np.sin(np.pi / 4 + off)
+        seg = blobs(np.array([[1, 0, 0], [0, c, -s], [0, s, c]]))
+        write(tmp_path / name / f"a.{ending}", seg)
+    labels = ["--labels", tmp_path / "labels"]
+    assert run(tmp_path / "images", tmp_path / "out", *labels, "--modality", "MR") == 0
+    case = arrays(tmp_path / "out" / "MR_own_a.npz")
+    assert case["gts"].any() and np.array_equal(case["imgs"] > 0, case["gts"] > 0)
 
 
 def test_labels_and_cases_may_lie_among_the_images(tmp_path: Path) -> None:
@@ -162,6 +176,10 @@ def test_a_raw_npz_is_a_case(tmp_path: Path) -> None:
     assert (case["imgs"].dtype, case["imgs"].min(), case["imgs"].max()) == (np.uint8, 0, 255)
     assert case["spacing"].tolist() == [1.0, 2.0, 3.0]
     assert rows(tmp_path / "out")["MR_own_a"]["structures"] == '{"1": "label 7", "2": "label 300"}'
+    np.savez(tmp_path / "images" / "b.npz", imgs=raw > 200, gts=gts, spacing=[1.0, 2.0, 3.0])
+    assert run(tmp_path / "images", tmp_path / "out", "--modality", "MR") == 0
+    case = arrays(tmp_path / "out" / "MR_own_b.npz")
+    np.testing.assert_array_equal(case["imgs"], 255 * (raw > 200))
 
 
 def test_boxes_are_the_challenges(tmp_path: Path) -> None:

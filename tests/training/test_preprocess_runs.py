@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,10 +57,13 @@ def test_refusals_are_one_line_each_and_the_rest_is_done(
     (images / "README.txt").write_text("no image", encoding="utf-8")
     np.savez(images / "raw.npz", imgs=np.zeros((2, 3, 4)), spacing=[1.0, -1.0, 1.0])
     np.savez(labels / "raw.npz", gts=np.ones((2, 3, 4)))
+    other = os.fsencode(images) + b"/caf\xe9.nii.gz"  # a name that is no text
+    Path(os.fsdecode(other)).write_bytes((images / "a.nii.gz").read_bytes())
+    Path(os.fsdecode(os.fsencode(labels) + b"/caf\xe9.nii.gz")).write_bytes(b"")
 
     assert run(images, out, "--labels", labels, "--modality", "CT") == 1
     captured = capsys.readouterr()
-    assert "1 converted, 0 already there, 14 refused" in captured.out
+    assert "1 converted, 0 already there, 15 refused" in captured.out
     expected = {
         "direction": "labels/direction.nii.gz: received a label map with direction",
         "origin": "received a label map with origin",
@@ -77,7 +81,8 @@ def test_refusals_are_one_line_each_and_the_rest_is_done(
         "raw": "received spacing [ 1. -1. 1.]; accepted: 3 positive numbers",
     }
     lines = [line for line in captured.err.splitlines() if line.startswith("refused ")]
-    assert len(lines) == len(expected)
+    assert len(lines) == len(expected) + 1
+    assert sum("accepted: names in UTF-8" in line for line in lines) == 1
     logged = rows(out)
     assert logged["CT_own_a"]["status"] == "done"
     for name, reason in expected.items():

@@ -19,6 +19,7 @@ from tests.training.balls import TINY_SAM, config, write_balls
 from training.click_simulation import challenge_box
 from training.losses import dice_score
 from training.plan import Plan, Planner
+from training.view import View
 from training.volumes import LabelledVolume, VolumeStore, load_folder
 from training.windows import choose_level, cut_windows
 
@@ -101,8 +102,9 @@ def test_prompts_of_other_objects_lie_where_these_are(tmp_path: Path) -> None:
     for i in range(300):
         plan = planner.plan(i, np.random.default_rng(i), 32)
         (labels,), _, (inside,) = cut_windows(store, [plan], shown=False)
-        for z, y, x in plan.elsewhere.round().astype(int):
-            clicked.append(int(labels[z, y, x]) == 3 - plan.label)
+        for place in plan.elsewhere.round().astype(int):
+            if (place >= 0).all() and (place < 32).all():  # a close look knows of more
+                clicked.append(int(labels[tuple(place)]) == 3 - plan.label)
         there = (inside & (labels == 3 - plan.label)).numpy()
         whole = not any(there.take(side, axis).any() for axis in range(3) for side in (0, -1))
         if plan.bend is None and there.any() and whole and len(plan.others):
@@ -112,6 +114,46 @@ def test_prompts_of_other_objects_lie_where_these_are(tmp_path: Path) -> None:
             boxes.append(np.abs(pair - found).max() - max(plan.padding))
     assert len(clicked) > 60 and np.mean(clicked) > 0.9
     assert len(boxes) > 20 and np.median(boxes) < 1, "cells, the padding apart"
+
+
+def test_close_looks_know_what_is_said_in_the_window_they_lie_in(tmp_path: Path) -> None:
+    """As inference shows it to both passes: whole, and nothing from beyond."""
+    store = VolumeStore(load_folder(write_balls(tmp_path)), "cpu")
+    settings = config(zoom=1.0, others=1.0, warp=0.0, synthetic=0.0, no_box=0.0, permute=0.5)
+    planner = Planner(store, settings)
+    beyond = []
+    for i in range(200):
+        plan = planner.plan(i, np.random.default_rng(i), 16)
+        if plan.around is None:
+            continue
+        first, size = (np.array(v) for v in plan.within(plan.around))
+        for places in (plan.elsewhere, plan.others.mean(1)):
+            beyond += ((places < -0.5) | (places > 15.5)).any(1).tolist()
+        there = first + size * plan.elsewhere
+        assert (there > -0.5).all() and (there < 15.5).all()
+        edges = first + size * plan.others
+        assert (edges[:, 1] > -0.5).all() and (edges[:, 0] < 15.5).all()
+    assert len(beyond) > 40 and 0.2 < np.mean(beyond) < 0.9
+
+
+def test_boxes_are_padded_as_the_challenges(tmp_path: Path) -> None:
+    """By one shift an object, in whole voxels, and not beyond the image."""
+    labels = np.zeros((12, 300, 600), np.uint8)
+    labels[2:8, 100:140, 200:280], labels[3:9, 0:30, 590:600] = 1, 2
+    np.savez(tmp_path / "CT_wide_0.npz", imgs=labels * 90, gts=labels, spacing=[1, 1, 1])
+    (volume,) = load_folder(tmp_path)
+    inner, outer = volume.objects
+    found = set()
+    for seed in range(60):
+        view = View(volume, inner, (0, 1, 2), np.random.default_rng(seed))
+        (low, high, middle), (_, y, x) = view.edges, view.padding
+        assert low == (1.5, 99.5 - y, 199.5 - x) and high == (7.5, 139.5 + y, 279.5 + x)
+        assert middle == 5
+        found.add((y, x))
+        (shift,) = view.shifts(1, np.random.default_rng(seed))
+        y, x = int(shift * 300 / 256), int(shift * 600 / 256)
+        assert view.edges_of(outer, shift) == ((2.5, -0.5, 589.5 - x), (8.5, 29.5 + y, 599.5))
+    assert found == {(int(s * 300 / 256), int(s * 600 / 256)) for s in range(6)}
 
 
 def test_joined_objects_are_one(store: VolumeStore) -> None:
@@ -129,9 +171,11 @@ def test_joined_objects_are_one(store: VolumeStore) -> None:
         assert dice_score(ours[None] > 0.5, theirs[None] > 0.5).item() > 0.9
         low, high, _ = challenge_box(both.numpy() > 0)
         assert plan.box is not None
-        edges = np.array(plan.box[:2]) + np.array([[1], [-1]]) * plan.padding
         cells = np.array([_window(plan).to_grid(point) for point in (low, high)])
-        assert np.abs(edges - cells).max() < 0.1
+        ends = [-0.5, -0.5, -0.5], [n - 0.5 for n in both.shape]
+        first, last = (np.array(_window(plan).to_grid(end)) for end in ends)
+        padded = np.clip(cells + np.array([[-1], [1]]) * plan.padding, first, last)
+        assert np.abs(np.array(plan.box[:2]) - padded).max() < 0.1
         left.append(plan.label)
     assert set(left) == {1, 2}
 
@@ -247,6 +291,25 @@ def test_all_names_of_a_modality_are_trained_on(tmp_path: Path) -> None:
         shutil.copy(folder / "CT_balls_0.npz", folder / f"{name}_balls_0.npz")
     found = [(volume.modality, volume.source) for volume in load_folder(folder)[-3:]]
     assert found == [(m, f"{m}_balls") for m in ("MR", "Microscopy", "US")]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((1, -1), "labels -1 to 1"),
+        ((1, 40000), "40000; accepted: up to 32767"),
+        ((1, 65537), "labels 0 to 65537"),
+        ((1.5, 2), "whole"),
+    ],
+)
+def test_labels_that_cannot_be_kept_are_refused(
+    tmp_path: Path, values: tuple[float, float], message: str
+) -> None:
+    labels = np.zeros((8, 12, 12), np.result_type(*values))
+    labels[1:4, 1:5, 1:5], labels[4:7, 6:9, 6:9] = values
+    np.savez(tmp_path / "CT_a_0.npz", imgs=np.zeros((8, 12, 12)), gts=labels, spacing=[1, 1, 1])
+    with pytest.raises(ValueError, match=f"CT_a_0: .*{message}"):
+        load_folder(tmp_path)
 
 
 def test_a_case_list_chooses_among_the_files(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ from training.evaluation.protocol import CaseResult, run_case
 from training.evaluation.results import RunFolder, list_runs, write_csv
 from training.evaluation.summary import format_stress, format_table, stress_rows, summarise
 
+#: A case's result and last label map, or why it could not be read.
+_Outcome = tuple[CaseResult, NDArray[np.uint8]] | str
 _SCORING = ("clicks", "label_map", "metrics", "perturbation", "protocol", "surface_dice")
 
 
@@ -108,7 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name = f"{name}@{variant.name}"
             run = RunFolder(options.out, name)
             run.open(_settings(choice, options, variant), force=options.force)
-            results = _evaluate(run, paths, choice, options, variant)
+            results, unread = _evaluate(run, paths, choice, options, variant)
+            failures += unread
+            if not results:
+                raise ValueError(f"cases folder {options.cases}: no case that can be evaluated")
             run.write_metrics(results)
             failures += _print_results(run, results)
             if options.compare is not None:
@@ -201,9 +206,17 @@ def _evaluate(
     choice: PredictorChoice,
     options: argparse.Namespace,
     variant: PromptVariant,
-) -> list[CaseResult]:
-    """All cases, those already done from their files; a bar with the running means."""
-    results = [done for path in paths if (done := run.load(path.name)) is not None]
+) -> tuple[list[CaseResult], int]:
+    """All cases, those already done from their files; a bar with the running means.
+
+    Returns:
+        The results, and how many cases could not be read.
+    """
+    results, unread = [], 0
+    for path in paths:
+        sources = [path, *([options.references / path.name] if options.references else [])]
+        if (done := run.load(path.name, sources)) is not None:
+            results.append(done)
     known = {result.name for result in results}
     left = [path for path in paths if path.name not in known]
     if known:
@@ -212,7 +225,12 @@ def _evaluate(
     with tqdm(
         total=len(paths), initial=len(known), unit="case", desc=run.name, disable=not on_terminal
     ) as bar:
-        for result, segs in _run_all(left, choice, options, variant):
+        for outcome in _run_all(left, choice, options, variant):
+            if isinstance(outcome, str):
+                unread += 1
+                bar.write(f"error: {outcome}", file=sys.stderr)
+                continue
+            result, segs = outcome
             run.save(result, segs)
             results.append(result)
             for turn, held in enumerate(result.rounds):
@@ -229,7 +247,7 @@ def _evaluate(
                     f"DSC {_chain(result, 'dsc')}, NSD {_chain(result, 'nsd')}; {running}",
                     flush=True,
                 )
-    return results
+    return results, unread
 
 
 def _chain(result: CaseResult, metric: str) -> str:
@@ -240,7 +258,7 @@ def _chain(result: CaseResult, metric: str) -> str:
 
 def _run_all(
     paths: list[Path], choice: PredictorChoice, options: argparse.Namespace, variant: PromptVariant
-) -> Iterator[tuple[CaseResult, NDArray[np.uint8]]]:
+) -> Iterator[_Outcome]:
     if not paths:
         return
     how = (options.references, not options.no_boxes, variant)
@@ -266,8 +284,13 @@ def _run_all(
 
 def _run_one(
     path: Path, predictor: Predictor, references: Path | None, boxes: bool, variant: PromptVariant
-) -> tuple[CaseResult, NDArray[np.uint8]]:
-    return run_case(load_labelled_case(path, references, boxes=boxes), predictor, variant)
+) -> _Outcome:
+    try:
+        case = load_labelled_case(path, references, boxes=boxes)
+    except (ValueError, OSError) as error:  # one bad case must not end the run
+        reason = " ".join(str(error).split())
+        return reason if path.name in reason else f"{path.name}: {reason}"
+    return run_case(case, predictor, variant)
 
 
 _worker_predictor: Predictor
@@ -283,7 +306,7 @@ def _start_worker(choice: PredictorChoice, jobs: int) -> None:
 
 def _run_in_worker(
     path: Path, references: Path | None, boxes: bool, variant: PromptVariant
-) -> tuple[CaseResult, NDArray[np.uint8]]:
+) -> _Outcome:
     return _run_one(path, _worker_predictor, references, boxes, variant)
 
 

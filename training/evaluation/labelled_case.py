@@ -71,10 +71,9 @@ def load_labelled_case(
         raise ValueError(f"{path.name}: no labelled voxel")
     if not boxes:
         arrays.pop("boxes", None)
-    if "boxes" in arrays and len(arrays["boxes"]) != len(reference.labels):
-        raise ValueError(
-            f"{path.name}: {len(arrays['boxes'])} boxes for {len(reference.labels)} classes"
-        )
+    if "boxes" in arrays and arrays["boxes"].shape[:1] != (len(reference.labels),):
+        shape = arrays["boxes"].shape
+        raise ValueError(f"{path.name}: boxes of shape {shape}, {len(reference.labels)} classes")
     return LabelledCase(
         path.name,
         arrays,

@@ -80,14 +80,15 @@ class RunFolder:
         # Last: a case whose JSON exists is done.
         _write(self._json(result.name), json.dumps(result.to_json()).encode())
 
-    def load(self, name: str) -> CaseResult | None:
-        """A finished case, or None."""
+    def load(self, name: str, sources: Sequence[Path] = ()) -> CaseResult | None:
+        """A finished case, or None, also where one of its sources was written since."""
         path = self._json(name)
-        return (
-            CaseResult.from_json(json.loads(path.read_text(encoding="utf-8")))
-            if path.is_file()
-            else None
-        )
+        if not path.is_file():
+            return None
+        done = path.stat().st_mtime
+        if any(source.is_file() and source.stat().st_mtime > done for source in sources):
+            return None
+        return CaseResult.from_json(json.loads(path.read_text(encoding="utf-8")))
 
     def results(self) -> list[CaseResult]:
         """The cases of the official table, in its order."""

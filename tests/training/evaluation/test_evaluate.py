@@ -86,6 +86,30 @@ def test_done_cases_are_not_redone_unless_forced(cases, tmp_path, monkeypatch, c
     assert len(held) == 8
 
 
+def test_cases_written_since_are_done_again(cases, tmp_path, capsys):
+    here = tmp_path / "cases"
+    shutil.copytree(cases, here)
+    assert run(here, tmp_path / "out", "--predictor", "box") == 0
+    changed = sorted(here.iterdir())[1]
+    os.utime(changed, (time.time() + 60, time.time() + 60))
+    assert run(here, tmp_path / "out", "--predictor", "box") == 0
+    assert "box: 3 of 4 cases already done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_case_that_cannot_be_read_stops_no_other(cases, tmp_path, capsys, jobs):
+    here = tmp_path / "cases"
+    shutil.copytree(cases, here)
+    with np.load(here / "CT_case0.npz", allow_pickle=True) as file:
+        arrays = dict(file)
+    write_npz(here / "CT_bad.npz", {k: v for k, v in arrays.items() if k != "gts"})
+    write_npz(here / "CT_dot.npz", arrays | {"boxes": np.array(arrays["boxes"][0], object)})
+    assert run(here, tmp_path / "out", "--predictor", "box", "--jobs", jobs) == 1
+    said = capsys.readouterr().err
+    assert "error: CT_bad.npz: no gts" in said and "error: CT_dot.npz: boxes of shape ()" in said
+    assert len(read_csv(tmp_path / "out" / "box_metrics.csv")) == 4
+
+
 def test_other_settings_need_another_folder(cases, tmp_path, monkeypatch, capsys):
     assert run(cases, tmp_path, "--predictor", "box") == 0
     assert run(cases, tmp_path, "--predictor", "box", "--no-boxes") == 2
