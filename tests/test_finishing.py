@@ -89,7 +89,7 @@ def test_rules_reach_the_label_map(monkeypatch, tmp_path):
     logits[1:5, 1:5, 1:5] = 1
     logits[7, 7, 7] = 1
     result = ObjectLogits(1, (0, 0, 0), logits)
-    case = case_of((9, 9, 9), count=1)
+    case = case_of((9, 9, 9), [[Click((2, 2, 2), True)]], 1)
     assert np.count_nonzero(Finisher("off")([result], case)) == 65
     assert np.count_nonzero(Finisher("auto")([result], case)) == 64
 

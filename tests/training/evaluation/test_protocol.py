@@ -193,7 +193,7 @@ def test_references_from_another_folder(tmp_path):
     [
         ({"gts": np.zeros((10, 30, 30), np.uint8)}, "no labelled voxel"),
         ({"gts": np.ones((10, 30, 31), np.uint8)}, "gts of shape"),
-        ({"boxes": np.array([{}], object)}, "1 boxes for 2 classes"),
+        ({"boxes": np.array([{}], object)}, r"boxes of shape \(1,\), 2 classes"),
         ({"spacing": np.zeros(3)}, "three positive numbers"),
     ],
 )
