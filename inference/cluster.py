@@ -33,6 +33,7 @@ from inference.predict import (
     make_parser,
     note_skipped,
     run_program,
+    write_line,
 )
 
 #: How long a case that one worker failed waits for another one to start, where all else is done:
@@ -158,17 +159,17 @@ class Pool:
             self._idle.add(number)
             self._failed_starts = 0
             if job is not None:
-                print(line, flush=True)
+                write_line(line, sys.stdout)
 
     def _fail(self, job: _Job, number: int, error: Exception, final: bool = False) -> None:
         job.failed_by.append(number)
         message = in_one_line(job.path, error)
         if final or len(job.failed_by) >= self._options.attempts:
             self.failed += 1
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            write_line(f"error: {message}", sys.stderr)
         else:
             self._waiting.append(job)
-            print(f"trying again: {message}", file=sys.stderr, flush=True)
+            write_line(f"trying again: {message}", sys.stderr)
 
 
 def _reason(error: Exception) -> str:
@@ -237,9 +238,10 @@ def main(arguments: Sequence[str] | None = None, kind: type[Worker] = Worker) ->
     finally:
         _disconnect()
     failed = pool.failed if pool else 0
-    print(
+    write_line(
         f"{len(paths) - failed} of {len(paths)} cases in {time.perf_counter() - started:.1f} s"
-        f"{note_skipped(skipped)}; results in {options.outputs}"
+        f"{note_skipped(skipped)}; results in {options.outputs}",
+        sys.stdout,
     )
     return SOME_FAILED if failed else ALL_WRITTEN
 

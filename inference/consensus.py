@@ -36,7 +36,7 @@ def consensus(looks: Sequence[ObjectLogits], weights: Sequence[float]) -> Object
     label = looks[0].label
     boxes = [(look.start, look.stop) for look in looks if look.logits.size]
     if not boxes:
-        return ObjectLogits(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
+        return ObjectLogits.nothing(label)
     low, high = hull(boxes)
     mean = np.zeros([b - a for a, b in zip(low, high, strict=True)], np.float32)
     for look, weight in zip(looks, weights, strict=True):

@@ -118,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         paths, skipped = find_work(options)
         if not paths:  # torch need not be imported to say so
-            _write(f"0 of 0 cases{note_skipped(skipped)}; results in {options.outputs}", sys.stdout)
+            write_line(
+                f"0 of 0 cases{note_skipped(skipped)}; results in {options.outputs}", sys.stdout
+            )
             return ALL_WRITTEN
         segment_file = load(options)
     except StartError as error:
@@ -142,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         release_memory()
 
-    _write(
+    write_line(
         f"{len(paths) - failed} of {len(paths)} cases in {time.perf_counter() - started:.1f} s "
         f"({start_up:.1f} s start-up){note_skipped(skipped)}; results in {options.outputs}"
         + (f", overlays in {options.overlay}" if options.overlay is not None else ""),
@@ -283,17 +285,17 @@ def _report(case: Case, label_map: NDArray[np.uint8], seconds: float, device: st
 def _progress(paths: list[Path]) -> tuple[Iterable[Path], Callable[[str, TextIO], None]]:
     """The paths, under a progress bar on a terminal, and how to print a line beside it."""
     if not sys.stderr.isatty():
-        return paths, _write
+        return paths, write_line
     from tqdm import tqdm
 
     def beside(line: str, stream: TextIO) -> None:
         with tqdm.external_write_mode(file=stream):
-            _write(line, stream)
+            write_line(line, stream)
 
     return tqdm(paths, unit="case"), beside
 
 
-def _write(line: str, stream: TextIO) -> None:
+def write_line(line: str, stream: TextIO) -> None:
     """Print a line; where nobody reads any more, go on in silence."""
     try:
         print(line, file=stream, flush=True)

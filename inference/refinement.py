@@ -50,6 +50,11 @@ class ObjectLogits:
     start: Triple
     logits: NDArray[np.float32]
 
+    @classmethod
+    def nothing(cls, label: int) -> ObjectLogits:
+        """Those of an object that is nowhere."""
+        return cls(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
+
     @property
     def stop(self) -> Triple:
         """One past the last voxel of the box."""
@@ -249,10 +254,9 @@ def to_voxels(
     logits: Tensor, window: Window, label: int, volume: Triple, floor: float = 0.0
 ) -> ObjectLogits:
     """Logits of a window's grid at the voxels of the volume, cut to where they exceed a floor."""
-    nothing = ObjectLogits(label, (0, 0, 0), np.zeros((0, 0, 0), np.float32))
     box = bounding_box((logits > floor).cpu().numpy())
     if box is None:
-        return nothing
+        return ObjectLogits.nothing(label)
     keep, start = [], []
     for a, b, cell, w, s, n in zip(
         box[0], box[1], window.cell, window.start, window.size, volume, strict=True
@@ -261,7 +265,7 @@ def to_voxels(
         low = max(int((a - 1) * cell) - 1, -w, 0)
         high = min(int(np.ceil((b + 1) * cell)) + 1, n - w, s)
         if high <= low:  # all of it beyond the volume
-            return nothing
+            return ObjectLogits.nothing(label)
         keep.append(slice(low, high))
         start.append(w + low)
     place = (keep[0], keep[1], keep[2])

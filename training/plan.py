@@ -327,9 +327,8 @@ class _Cells:
         rng: np.random.Generator,
     ) -> NDArray[np.float64]:
         """(n, 2, 3) boxes, those outside left out; upright, however the window is turned."""
-        shifts = view.shifts(len(objects), rng)
-        pairs = zip(objects, shifts, strict=True)
-        edges = np.array([view.edges_of(*pair) for pair in pairs]).reshape(-1, 2, 3)
+        padded = [view.edges_of(one, view.draw_padding(rng)) for one in objects]
+        edges = np.array(padded).reshape(-1, 2, 3)
         half = (edges[:, 1] - edges[:, 0]) / 2 / np.array(cell)
         centre = self._of(view.of_volume(edges.mean(1)))
         low, high = self._faces

@@ -25,11 +25,11 @@ from inference.nifti import (
 )
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
+from training.box_padding import box_padding
 
 #: Longest first, so that ``a.nii.gz`` is ``a``.
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".npz")
 
-_MAX_SHIFT = 5  # of the challenge's boxes: voxels in an image 256 wide
 _CHANNEL = re.compile(r"_0000$")  # nnU-Net's first channel: its label map goes without
 
 
@@ -321,12 +321,11 @@ def challenge_boxes(labels: NDArray[np.uint8], seed: str) -> NDArray[np.object_]
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         assert place is not None, "labels are 1..N"
         box = stored_box(labels[place] == label)
-        shift = int(random.integers(_MAX_SHIFT + 1))
+        paddings = box_padding(random, height, width)
         for key in box:
             box[key] += place["zyx".index(key.removeprefix("z_mid_")[0])].start
-        for axis, size in (("y", height), ("x", width)):
+        for axis, size, padding in zip("yx", (height, width), paddings, strict=True):
             low, high = f"z_mid_{axis}_min", f"z_mid_{axis}_max"
-            padding = shift * size // 256
             box[low] = max(box[low] - padding, 0)
             box[high] = min(box[high] + padding, size - 1)
         boxes[label - 1] = box

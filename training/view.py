@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 from inference.geometry import Triple, Window, window_around
+from training.box_padding import box_padding
 from training.volumes import LabelledVolume, Point, TrainingObject
 
+T = TypeVar("T", int, float)
+
 _PUBLIC_SPACING_MM = 1.5  # windows of public SAM-Med3D checkpoints; inference/coarse.py
-_MOST_SHIFT = 5  # of a box's padding in y and x, for 256 voxels
 _PUBLIC_MARGIN = 1.2  # a larger object gets a coarser window, this much larger than it
 
 
@@ -37,31 +41,20 @@ class View:
         self.spacing_mm = self._turned(volume.spacing_mm)
         self._shape = self._turned(volume.labels.shape)
         self.longest_mm = max(n * mm for n, mm in zip(self._shape, self.spacing_mm, strict=True))
-        shift = int(rng.integers(_MOST_SHIFT + 1))
-        self.padding = self._padding(shift)
-        self.edges = (*self.edges_of(seen, shift), seen.boxes[order[0]][2])
+        self.padding = self.draw_padding(rng)
+        self.edges = (*self.edges_of(seen, self.padding), seen.boxes[order[0]][2])
 
-    def _padding(self, shift: int) -> Point:
-        """The challenge's rule (``stored_box`` of inference/object_prompts.py)."""
-        y, x = (float(int(shift * n / 256)) for n in self._shape[1:])
-        return 0.0, y, x
+    def draw_padding(self, rng: np.random.Generator) -> Point:
+        """Of one object's box, in voxels."""
+        y, x = box_padding(rng, *self._shape[1:])
+        return 0.0, float(y), float(x)
 
-    def edges_of(self, seen: TrainingObject, shift: int) -> tuple[Point, Point]:
-        """Lower and upper edges of an object's box, padded by a shift of 0..5, as far as there is
-        an image.
-        """
+    def edges_of(self, seen: TrainingObject, padding: Point) -> tuple[Point, Point]:
+        """Lower and upper edges of an object's box, padded as far as there is an image."""
         low, high, _ = seen.boxes[self._order[0]]
-        edges = zip(
-            self._turned(low), self._turned(high), self._padding(shift), self._shape, strict=True
-        )
+        edges = zip(self._turned(low), self._turned(high), padding, self._shape, strict=True)
         z, y, x = ((max(a - p, -0.5), min(b + p, n - 0.5)) for a, b, p, n in edges)
         return (z[0], y[0], x[0]), (z[1], y[1], x[1])
-
-    @staticmethod
-    def shifts(count: int, rng: np.random.Generator) -> list[int]:
-        """Of as many objects, each by itself."""
-        drawn: list[int] = rng.integers(_MOST_SHIFT + 1, size=count).tolist()
-        return drawn
 
     def of_volume(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """(n, 3) points along these axes, in the order of the volume's."""
@@ -69,7 +62,7 @@ class View:
         turned[:, list(self._order)] = points
         return turned
 
-    def _turned(self, values: tuple[float, ...]) -> Point:
+    def _turned(self, values: tuple[T, ...]) -> tuple[T, T, T]:
         z, y, x = (values[axis] for axis in self._order)
         return z, y, x
 

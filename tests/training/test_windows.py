@@ -150,9 +150,11 @@ def test_boxes_are_padded_as_the_challenges(tmp_path: Path) -> None:
         assert low == (1.5, 99.5 - y, 199.5 - x) and high == (7.5, 139.5 + y, 279.5 + x)
         assert middle == 5
         found.add((y, x))
-        (shift,) = view.shifts(1, np.random.default_rng(seed))
+        shift = int(np.random.default_rng(seed).integers(6))
+        padding = view.draw_padding(np.random.default_rng(seed))
         y, x = int(shift * 300 / 256), int(shift * 600 / 256)
-        assert view.edges_of(outer, shift) == ((2.5, -0.5, 589.5 - x), (8.5, 29.5 + y, 599.5))
+        assert padding == (0.0, y, x)
+        assert view.edges_of(outer, padding) == ((2.5, -0.5, 589.5 - x), (8.5, 29.5 + y, 599.5))
     assert found == {(int(s * 300 / 256), int(s * 600 / 256)) for s in range(6)}
 
 
