@@ -22,7 +22,7 @@ from inference.refinement import (
     hull,
     touched_faces,
 )
-from inference.resampling import covered_cells, resample, window_cells
+from inference.resampling import covered_cells, transfer, window_cells
 
 #: Voxels: from here on cells lose of thin layers what the last round had found (chosen on training
 #: cases).
@@ -83,15 +83,16 @@ class Look:
         Long cells lose what is thin, and would do so at every round.
 
         Args:
-            fine: the same window in the second pass's grid.
-            mask: (D, H, W) 0/1, of the first pass in that grid.
+            fine: of the second pass, within the first one's window.
+            mask: (D, H, W) 0/1, of the first pass in its grid.
         """
         before = self.mask_in(fine, mask.device)
         shown = self.mask_in(self.window, mask.device)
         if before is None or shown is None or self.logits is None:
             return mask
         changed = ((self.logits > 0) != (shown[0] > 0)).float()
-        return torch.where(resample(changed[None], fine.shape)[0] > 0.5, mask, before[0])
+        shown_again = transfer(changed[None], self.window, fine, fill=0.0)[0]
+        return torch.where(shown_again > 0.5, mask, before[0])
 
     @property
     def has_box_alone(self) -> bool:

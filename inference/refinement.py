@@ -12,7 +12,6 @@ from torch import Tensor
 
 from inference.case import Click, ObjectPrompts
 from inference.geometry import Triple, Window, window_around
-from inference.prompts import cells_a_face
 from inference.resampling import resample
 
 #: Region of interest in boxes (DCM's recipe).
@@ -25,11 +24,6 @@ FIRST_LOOKS = (0.7, 1.4)
 #: Log-odds added everywhere before the first click: masks are too small then (chosen on training
 #: cases).
 BOX_ALONE = 0.3
-#: Voxels: in longer cells a second pass is worth its time, of thin objects and of thick ones (this
-#: and the next chosen on training cases).
-_COARSE_CELL, _COARSE_CELL_OF_THICK = 1.25, 3.0
-#: Cells to a face of its surface from which on an object is thick: a ball of a radius of 11 cells.
-_THICK = 2.4
 _LAST = 1.0  # log-odds of a mask that nothing is said about any more
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 #: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.
@@ -201,53 +195,6 @@ def touched_faces(
             )
         )
     return tuple(faces)
-
-
-def second_grid(
-    window: Window, found: Tensor, tile: int, tiles: int, multiple: int
-) -> Triple | None:
-    """Grid of the second pass; None where it would add nothing to the first one.
-
-    For thick objects that is so up to three voxels a cell, and one tile does as well as more.
-
-    Args:
-        window: the region and the first pass's grid.
-        found: (D, H, W) bool, what the first pass found there.
-        tile, tiles, multiple: as :func:`fine_shape` has them.
-    """
-    cell = max(window.cell)
-    if cell <= _COARSE_CELL:
-        return None
-    if float(cells_a_face(found)) >= _THICK:
-        if cell <= _COARSE_CELL_OF_THICK:
-            return None
-        tiles = 1
-    shape = fine_shape(window, tile, tiles, multiple)
-    return shape if np.prod(shape) > 1.5 * np.prod(window.shape) else None
-
-
-def fine_shape(window: Window, tile: int, tiles: int, multiple: int) -> Triple:
-    """Grid of the second pass: the volume's own resolution, or as near as ``tiles`` tiles allow.
-
-    An axis of up to 1.25 tiles is squeezed into one, since a second tile would cost twice for
-    little. No axis gets coarser than the window's own grid; every axis is a multiple of
-    ``multiple``.
-
-    Args:
-        window: the region and the first pass's grid.
-        tile: edge of a tile in cells.
-        tiles: number of tiles to get along with, overlapping by a quarter.
-        multiple: of the network.
-    """
-    step = tile * 3 // 4
-    wanted = [max(n, s) for n, s in zip(window.shape, window.size, strict=True)]
-    tiles = max(1, tiles)
-    counts = [min(1 + max(0, -(-(n - tile * 5 // 4) // step)), tiles) for n in wanted]
-    while np.prod(counts) > tiles:
-        counts[int(np.argmax(counts))] -= 1
-    most = [tile + step * (count - 1) for count in counts]
-    z, y, x = (-(-min(n, m) // multiple) * multiple for n, m in zip(wanted, most, strict=True))
-    return z, y, x
 
 
 def to_voxels(

@@ -37,11 +37,11 @@ from inference.refinement import (
     honour_clicks,
     last_mask,
     merge,
-    second_grid,
     to_voxels,
 )
-from inference.resampling import resample, transfer, window_cells
-from inference.sliding_window import Tile, sliding_window, tile_grid
+from inference.resampling import transfer, window_cells
+from inference.second_pass import boundary_tiles, second_window, tile_edge
+from inference.sliding_window import Tile, sliding_window
 
 Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 
@@ -53,7 +53,6 @@ _SIZE_KNOWN = 4
 #: Share of the first pass in what it and the second one find together: one sees more around the
 #: object, the other sees it finer (chosen on training cases).
 _FIRST_PASS = 1 / 3
-_TILE = 128  # cells, edge of a window of the second pass
 _TILES = 4  # of one object's second pass at most
 _TILES_PER_CASE = 100  # of all objects together, the challenge's time limit in view
 
@@ -315,35 +314,30 @@ class Segmenter:
         refiner = self._asks(look.prompts)
         if refiner is not None:
             found = (logits > 0) & (self._inside(window) > 0)
-            shape = second_grid(window, found, _TILE, tiles, refiner.config.stride)
-            if shape is not None:
-                window, logits = self._second_pass(refiner, look, shape)
+            closer = second_window(
+                window, found, look.prompts, self._spacing_mm, tiles, refiner.config.stride
+            )
+            if closer is not None:
+                window, logits = closer, self._second_pass(refiner, look, closer)
             logits = look.held(logits, window, self._spacing_mm)
         if look.has_box_alone:
             logits = logits + BOX_ALONE
         return to_voxels(logits, window, look.prompts.label, self._volume, floor)
 
-    def _second_pass(self, refiner: Refiner, look: Look, shape: Triple) -> tuple[Window, Tensor]:
-        """Look at the boundary again, at a finer grid of ``shape`` cells over the same window.
+    def _second_pass(self, refiner: Refiner, look: Look, fine: Window) -> Tensor:
+        """Look at the boundary again, in a finer grid over a part of the window.
 
         Returns:
-            That grid, and (D, H, W) the mean of both passes' logits.
+            (D, H, W) the mean of both passes' logits.
         """
         assert look.logits is not None
-        fine = Window(look.window.start, look.window.stop, shape)
-        first = resample(look.logits[None], shape)[0]
+        first = transfer(look.logits[None], look.window, fine, fill=-6.0)[0]
         image = self._cells(fine)[0]
         inside = self._inside(fine)
         mask = (first > 0) * inside
         if max(look.window.cell) > BLURRING_CELL:
             mask = look.as_fine_as_before(fine, mask)
         prompts = look.prompts_in(fine)
-        z, y, x = (min(_TILE, n) for n in shape)
-        tiles = [
-            t
-            for t in tile_grid(shape, (z, y, x))
-            if 0 < float(mask[t].mean()) < float(inside[t].mean())
-        ]
 
         def predict(places: Sequence[Tile]) -> Tensor:
             channels = refiner_channels(
@@ -355,9 +349,11 @@ class Segmenter:
             )
             return self._network(refiner, channels)
 
-        at_once = 1 if self.device.type == "cpu" else windows_at_once(self.device, z * y * x)
-        second = sliding_window(shape, tiles, lambda some: in_parts(predict, some), first, at_once)
-        return fine, second.lerp_(first, _FIRST_PASS)
+        edge = tile_edge(refiner.config.stride)
+        at_once = 1 if self.device.type == "cpu" else windows_at_once(self.device, edge**3)
+        tiles = boundary_tiles(mask, inside, edge)
+        second = sliding_window(tiles, lambda some: in_parts(predict, some), first, at_once)
+        return second.lerp_(first, _FIRST_PASS)
 
     @classmethod
     def from_files(

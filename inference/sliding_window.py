@@ -51,7 +51,6 @@ def importance(tile: Size) -> Tensor:
 
 
 def sliding_window(
-    shape: Size,
     tiles: Sequence[Tile],
     predict: Callable[[Sequence[Tile]], Tensor],
     fill: Tensor,
@@ -60,8 +59,7 @@ def sliding_window(
     """Blend a prediction over tiles.
 
     Args:
-        shape: cells of the grid.
-        tiles: equal tiles, e.g. some of :func:`tile_grid`; may be empty.
+        tiles: equal tiles of the grid, e.g. some of :func:`tile_grid`; may be empty.
         predict: takes up to ``batch`` tiles, returns (n, d, h, w) logits.
         fill: (D, H, W) values for cells that no tile covers.
         batch: tiles a call.

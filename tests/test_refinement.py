@@ -15,17 +15,14 @@ from inference.refinement import (
     ObjectLogits,
     bounding_box,
     bounding_boxes,
-    fine_shape,
     first_windows,
     grown_window,
     honour_clicks,
     merge,
-    second_grid,
     to_voxels,
     touched_faces,
 )
 from inference.resampling import resample
-from inference.sliding_window import tile_grid
 
 SHAPE = (12, 14, 16)
 GRID = (16, 16, 16)
@@ -141,48 +138,6 @@ def test_growing_reaches_the_whole_volume_and_stops() -> None:
     assert max(window.size) < 150
 
 
-@given(st.tuples(*[st.integers(1, 700)] * 3), st.integers(0, 9))
-def test_the_fine_grid_is_never_coarser_and_keeps_its_budget(
-    size: tuple[int, int, int], tiles: int
-) -> None:
-    window = Window((0, 0, 0), size, (64, 64, 64))
-    shape = fine_shape(window, 128, tiles, 16)
-    assert all(n >= 64 and n % 16 == 0 for n in shape)
-    assert all(n <= max(64, s) + 15 for n, s in zip(shape, size, strict=True))
-    z, y, x = (min(128, n) for n in shape)
-    assert len(tile_grid(shape, (z, y, x))) <= max(1, tiles)
-
-
-def test_the_fine_grid_is_the_volumes_own_where_tiles_allow() -> None:
-    window = Window((0, 0, 0), (96, 224, 70), (64, 64, 64))
-    assert fine_shape(window, 128, 4, 16) == (96, 224, 80)
-    assert fine_shape(window, 128, 1, 16) == (96, 128, 80)
-    assert fine_shape(Window((0, 0, 0), (160, 128, 64), (64,) * 3), 128, 4, 16) == (128, 128, 64)
-
-
-def _ball(radius: float) -> torch.Tensor:
-    z, y, x = torch.meshgrid(*[torch.arange(48.0) - 23.5] * 3, indexing="ij")
-    return (z**2 + y**2 + x**2) < radius**2
-
-
-@pytest.mark.parametrize(
-    ("voxels", "thick", "thin"),
-    [
-        (60, None, None),  # a cell is 1.25 voxels long
-        (96, None, (96, 96, 96)),
-        (144, None, (128, 128, 128)),
-        (160, (128, 128, 128), (128, 128, 128)),
-        (400, (128, 128, 128), (128, 224, 224)),
-    ],
-)
-def test_a_second_pass_is_for_thin_objects_and_for_long_cells(
-    voxels: int, thick: tuple[int, int, int] | None, thin: tuple[int, int, int] | None
-) -> None:
-    window = Window((0, 0, 0), (voxels,) * 3, (48,) * 3)
-    assert second_grid(window, _ball(13), 128, 4, 16) == thick
-    assert second_grid(window, _ball(8), 128, 4, 16) == thin
-
-
 @given(st.data())
 def test_bounding_box_equals_argwhere(data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 2**16))
@@ -259,8 +214,3 @@ def test_what_lies_beyond_the_volume_is_nothing(axis: int, start: int) -> None:
     volume = [100, 100, 100]
     volume[axis] = 60
     assert to_voxels(logits, window, 1, (volume[0], volume[1], volume[2])).logits.size == 0
-
-
-def test_the_grid_of_a_window_without_end_has_its_limits() -> None:
-    window = Window((0, -(10**12), 0), (60, 10**12, 10**12), GRID)
-    assert fine_shape(window, 128, 4, 4) == (60, 224, 224)

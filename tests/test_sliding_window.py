@@ -21,7 +21,7 @@ def test_an_identity_predictor_comes_back(
     volume = torch.randn(shape)
     tiles = tile_grid(shape, tile, overlap)
     blended = sliding_window(
-        shape, tiles, lambda places: torch.stack([volume[p] for p in places]), torch.zeros(shape), 3
+        tiles, lambda places: torch.stack([volume[p] for p in places]), torch.zeros(shape), 3
     )
     torch.testing.assert_close(blended, volume)
 
@@ -35,7 +35,7 @@ def test_tiles_share_at_least_the_overlap() -> None:
 def test_cells_without_a_tile_keep_the_fill() -> None:
     fill = torch.full((8, 8, 8), -5.0)
     tiles = tile_grid((8, 8, 8), (4, 8, 8), 0.0)[:1]
-    blended = sliding_window((8, 8, 8), tiles, lambda p: torch.ones(len(p), 4, 8, 8), fill)
+    blended = sliding_window(tiles, lambda p: torch.ones(len(p), 4, 8, 8), fill)
     assert (blended[:4] == 1).all() and (blended[4:] == -5).all()
 
 
@@ -44,7 +44,7 @@ def test_the_middle_of_a_tile_counts_more_than_its_border() -> None:
     tiles = tile_grid((12, 4, 4), (8, 4, 4), 0.5)
     values = iter([-1.0, 1.0])
     blended = sliding_window(
-        (12, 4, 4), tiles, lambda p: torch.full((1, 8, 4, 4), next(values)), torch.zeros(12, 4, 4)
+        tiles, lambda p: torch.full((1, 8, 4, 4), next(values)), torch.zeros(12, 4, 4)
     )
     line = blended[:, 2, 2]
     assert (line.diff() >= -1e-6).all() and line[4] < -0.5 < 0.5 < line[7]
