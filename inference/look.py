@@ -91,8 +91,8 @@ class Look:
         if before is None or shown is None or self.logits is None:
             return mask
         changed = ((self.logits > 0) != (shown[0] > 0)).float()
-        shown_again = transfer(changed[None], self.window, fine, fill=0.0)[0]
-        return torch.where(shown_again > 0.5, mask, before[0])
+        share = transfer(changed[None], self.window, fine, fill=0.0)[0]
+        return torch.where(share > 0.5, mask, before[0])
 
     @property
     def has_box_alone(self) -> bool:
