@@ -172,11 +172,7 @@ class Look:
         box = bounding_box(mask)
         if box is None:
             return False
-        low = self.window.to_volume([a - 0.5 for a in box[0]])
-        high = self.window.to_volume([b - 0.5 for b in box[1]])
-        z0, y0, x0 = (int(np.floor(v + 0.5)) for v in low)
-        z1, y1, x1 = (int(np.ceil(v + 0.5)) for v in high)
-        found = (z0, y0, x0), (z1, y1, x1)
+        found = self.window.voxels(*box)
         (closer,) = first_windows(self.prompts, found, volume, spacing_mm, self.window.shape)
         if all(0.8 < a / b < 1.25 for a, b in zip(closer.size, self.window.size, strict=True)):
             return False

@@ -136,13 +136,9 @@ def _region(
     spacing_mm: Sequence[float],
 ) -> Window:
     """The part of a window about a box of its cells and about prompts, in cells as long as its."""
-    start, stop = (
-        [w + c * e for w, c, e in zip(window.start, edge, window.cell, strict=True)]
-        for edge in found
-    )
     low, high = hull(
         [
-            ([math.floor(a) for a in start], [math.ceil(b) for b in stop]),
+            window.voxels(*found),
             *([] if prompts.box is None else [(prompts.box.start, prompts.box.stop)]),
             *click_voxels(prompts.clicks, positive=True),
         ]

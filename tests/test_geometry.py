@@ -55,6 +55,28 @@ def test_cells_with_their_centre_in_the_volume_are_inside(
         assert cells[found].tolist() == cells[expected].tolist()
 
 
+@given(windows(), st.data())
+@example(Window((0, 0, 0), (112, 8, 8), (48, 8, 8)), None)
+def test_a_box_of_cells_touches_the_voxels_it_overlaps(
+    window: Window, data: st.DataObject | None
+) -> None:
+    low, high = (0, 0, 0), (27, 1, 1)
+    if data is not None:
+        low = data.draw(st.tuples(*[st.integers(0, n - 1) for n in window.shape]))
+        high = data.draw(
+            st.tuples(*[st.integers(a + 1, n) for a, n in zip(low, window.shape, strict=True)])
+        )
+    for axis, (start, stop) in enumerate(zip(*window.voxels(low, high), strict=True)):
+        size, cells, first = window.size[axis], window.shape[axis], window.start[axis]
+        # In parts of a voxel of which a cell has size, a voxel as many as there are cells.
+        touched = [
+            first + v
+            for v in range(size)
+            if v * cells < high[axis] * size and (v + 1) * cells > low[axis] * size
+        ]
+        assert list(range(start, stop)) == touched
+
+
 @pytest.mark.parametrize(
     ("start", "stop", "shape"),
     [
