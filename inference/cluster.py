@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class Pool:
         self._waiting: list[_Job] = []
         self._started = 0
         self._failed_starts = 0
+        self._told_waiting = False
         self.failed = 0
 
     def run(self, paths: Sequence[Path]) -> None:
@@ -114,6 +116,14 @@ class Pool:
                 self._take(done[0])
             else:
                 self._hand_out(to_anybody=True)
+                self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        """Say once that no worker starts: a cluster without room for one says nothing itself."""
+        if not self._told_waiting and not any(job for _, job in self._calls.values()):
+            self._told_waiting = True
+            reason = _lacking(self._ray.nodes(), self._options) or "all nodes are busy or slow"
+            write_line(f"waiting for a worker to start: {reason}", sys.stderr)
 
     def _start(self) -> None:
         number, self._started = self._started, self._started + 1
@@ -172,6 +182,17 @@ class Pool:
             write_line(f"trying again: {message}", sys.stderr)
 
 
+def _lacking(nodes: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str | None:
+    """What no node has, were it idle, though a worker asks for it; None where one has it."""
+    wanted = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
+    having = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(all(node.get(kind, 0) >= n for kind, n in wanted.items()) for node in having):
+        return None
+    asked = " and ".join(f"{n:g} {kind}" for kind, n in wanted.items() if n)
+    there = "; ".join(f"{n.get('CPU', 0):g} CPU and {n.get('GPU', 0):g} GPU" for n in having)
+    return f"a worker asks for {asked}, nodes have {there or 'gone'}"
+
+
 def _reason(error: Exception) -> str:
     """What Ray says of a worker's end, without its traceback and advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -192,7 +213,7 @@ def make_cluster_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpus-per-worker",
         type=float,
-        default=0,
+        default=0.0,
         metavar="N",
         help="a fraction shares a GPU (default: %(default)s)",
     )
@@ -212,8 +233,9 @@ def main(arguments: Sequence[str] | None = None, kind: type[Worker] = Worker) ->
     options = parser.parse_args(arguments)
     if min(options.workers, options.cpus_per_worker, options.attempts) < 1:
         parser.error("--workers, --cpus-per-worker and --attempts: accepted: at least 1")
-    if options.gpus_per_worker < 0:
-        parser.error("--gpus-per-worker: accepted: at least 0")
+    gpus = options.gpus_per_worker
+    if not (0 <= gpus <= 1 or (gpus > 1 and gpus.is_integer())):  # Ray shares one GPU, never two
+        parser.error(f"--gpus-per-worker {gpus}: accepted: 0 to 1, or a whole number")
     if options.device == "auto" and not options.gpus_per_worker:
         options.device = "cpu"  # Ray hides no GPU from workers that asked for none
     options.threads = options.threads or options.cpus_per_worker
@@ -235,6 +257,8 @@ def main(arguments: Sequence[str] | None = None, kind: type[Worker] = Worker) ->
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_STARTED
+    except SystemExit:  # after SIGTERM, with a status of Ray's
+        sys.exit(128 + signal.SIGTERM)
     finally:
         _disconnect()
     failed = pool.failed if pool else 0
@@ -261,10 +285,16 @@ def _connect(options: argparse.Namespace) -> None:
             "num_cpus": options.workers * options.cpus_per_worker,
             "include_dashboard": False,
         }
+    on_termination = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=options.address, log_to_driver=False, logging_level="error", **local)
     except (OSError, ValueError, RuntimeError) as error:
         raise StartError(f"Ray: {' '.join(str(error).split())}") from error
+    signal.signal(signal.SIGTERM, on_termination)  # Ray's own prints its stack
+    if options.address is None:  # other clusters may yet grow
+        lacking = _lacking(ray.nodes(), options)
+        if lacking:
+            raise StartError(f"this machine: {lacking}")
 
 
 def _disconnect() -> None:

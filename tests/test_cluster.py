@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -145,3 +146,55 @@ def test_what_cannot_start_is_told_without_starting_a_cluster(tmp_path: Path, ca
     assert "inputs folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*options, "--workers", "0"])
+
+
+def options_of(tmp_path: Path, *more: str) -> list[str]:
+    write_npz(tmp_path / "CT_a.npz", challenge_case((12, 24, 20), 1, gts=False))
+    return ["--inputs", str(tmp_path), "--outputs", str(tmp_path / "out"), *more]
+
+
+def test_a_machine_that_can_never_have_a_worker_says_so(tmp_path: Path, monkeypatch, capsys):
+    import ray
+
+    from inference.cluster import main
+
+    nodes = [{"Alive": alive, "Resources": {"CPU": 2.0, "GPU": 1.0}} for alive in (True, False)]
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert main(options_of(tmp_path, "--cpus-per-worker", "3", "--gpus-per-worker", ".5")) == 2
+    said = "error: this machine: a worker asks for 3 CPU and 0.5 GPU, nodes have 2 CPU and 1 GPU\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(SystemExit):
+        main(options_of(tmp_path, "--gpus-per-worker", "1.5"))
+    assert "accepted: 0 to 1, or a whole number" in capsys.readouterr().err
+
+
+def test_a_cluster_without_room_is_waited_for_with_one_line(tmp_path: Path, capsys) -> None:
+    """No worker gets ready in three spans of patience; then the cluster goes away."""
+    from inference.cluster import Pool, Worker, make_cluster_parser
+
+    cluster = mock.MagicMock()
+    cluster.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 0.5}}]
+    cluster.wait.side_effect = [([], []), ([], []), ([], []), ConnectionError]
+    options = make_cluster_parser().parse_args(options_of(tmp_path))
+    with mock.patch.dict(sys.modules, ray=cluster):
+        pool = Pool(Worker, options)
+    with pytest.raises(ConnectionError):
+        pool.run([tmp_path / "CT_a.npz"])
+    said = "waiting for a worker to start: a worker asks for 1 CPU, nodes have 0.5 CPU and 0 GPU\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("status", [15, 1])
+def test_termination_has_the_usual_status_though_ray_gives_another(
+    tmp_path: Path, monkeypatch, status: int
+) -> None:
+    """Its own handler exits with 15, and what ours raises while it waits becomes a 1."""
+    import ray
+
+    from inference.cluster import main
+
+    monkeypatch.setattr(ray, "init", mock.Mock(side_effect=SystemExit(status)))
+    with pytest.raises(SystemExit) as stopped:
+        main(options_of(tmp_path))
+    assert stopped.value.code == 143
