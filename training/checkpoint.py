@@ -25,14 +25,24 @@ def build_network(config: Config) -> Refiner | SamMed3D:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint; it appears under its name only when it is complete and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a checkpoint; it appears under its name only when it is complete and on disk.
+
+    A run has one process that saves: where it is killed meanwhile, the next save takes the place
+    of what is left.
+
+    Raises:
+        OSError: it cannot be written; the one before is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except RuntimeError as error:  # torch's own, after that of a full disk
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} cannot be written: {_first_line(reason)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -52,8 +62,7 @@ def read_saved(path: Path, device: torch.device | str = "cpu", mmap: bool = Fals
     try:
         return torch.load(path, weights_only=True, map_location=device, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path}: not a checkpoint: {reason}") from None
+        raise ValueError(f"{path}: not a checkpoint: {_first_line(error)}") from None
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -66,3 +75,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if not isinstance(state, dict) or not {"model", "average", "step"} <= set(state):
         raise ValueError(f"{path}: no checkpoint of a run; accepted: checkpoint.pt of training")
     return state
+
+
+def _first_line(error: Exception) -> str:
+    """What torch says, without its stack."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -36,15 +36,18 @@ def pack(folders: Sequence[Path], out: Path, largest: int) -> int:
         Bits that the intensities have in it.
 
     Raises:
-        ValueError: there is no case, two folders have one name, a file cannot be read, or five bits
-            are still too many.
+        ValueError: a folder has no case, two folders have one name, a file cannot be read, or
+            five bits are still too many.
     """
-    paths = [path for folder in folders for path in sorted(folder.glob("*.npz"))]
     names = [folder.resolve().name for folder in folders]
-    if not paths or len(set(names)) < len(names):
-        raise ValueError(
-            f"received {len(paths)} files in {names}; accepted: npz, names that differ"
-        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"received folders called {names}; accepted: names that differ")
+    paths = []
+    for folder in folders:
+        found = sorted(folder.glob("*.npz"))
+        if not found:
+            raise ValueError(f"{folder}: no .npz file; accepted: a folder of cases or label maps")
+        paths += found
     temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
         for bits in range(8, _FEWEST_BITS - 1, -1):

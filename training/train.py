@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from inference.memory import keep_freed_memory
+from inference.memory import is_out_of_memory, keep_freed_memory
 from training.checkpoint import build_network
 from training.config import Config
 from training.coreset import read_case_list
@@ -44,10 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="parameters that --init may lack: beginnings of their names; they start at random",
     )
     parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args(arguments)
-    if options.threads:
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads {options.threads}; accepted: at least 1")
         torch.set_num_threads(options.threads)
     keep_freed_memory()
     try:
@@ -56,6 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _train(options, config, world)
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: memory of {options.device} is full ({str(error).splitlines()[0]}); accepted: "
+            "a smaller batch (with a larger accumulate), smaller windows, or another device",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -84,15 +97,31 @@ def _train(options: argparse.Namespace, config: Config, world: World) -> None:
         f"{dataset.store.bytes / 1e6:.0f} MB on {dataset.store.device}; {trainer.steps} steps",
         flush=True,
     )
+    if resuming:
+        trainer.resume(checkpoint)
+        say(f"going on from step {trainer.step}", flush=True)
     if world.first:
         options.out.mkdir(parents=True, exist_ok=True)
         written = options.out / "config.yaml"
         written.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
     world.wait()
-    if resuming:
-        trainer.resume(checkpoint)
-        say(f"going on from step {trainer.step}", flush=True)
     trainer.run(options.max_steps)
+
+
+def _device(text: str) -> str:
+    """A device that is there."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is not None and device.type == "cpu":
+        return text
+    count = torch.cuda.device_count()
+    if device is None or device.type != "cuda" or (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(
+            f"{text}; accepted: cpu, or cuda where torch finds GPUs (here {count})"
+        )
+    return text
 
 
 def _silent(*words: object, flush: bool = False) -> None:

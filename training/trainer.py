@@ -237,11 +237,14 @@ class Trainer:
         shape = PREFIX[self.config.network]
         if shape not in state:
             raise ValueError(f"{path}: no checkpoint of a {self.config.network}")
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path}: of another {self.config.network}: {reason}") from None
+        wanted = _shape(self.model)
+        other = {key: value for key, value in state[shape].items() if wanted.get(key) != value}
+        if other:
+            accepted = {key: wanted.get(key) for key in other}
+            raise ValueError(
+                f"{path}: of another {self.config.network}, {other}; accepted: {accepted}"
+            )
+        self.model.load_state_dict(state["model"])
         for name, value in state["average"].items():
             self.average[name].copy_(value)
         # Earlier checkpoints knew one optimiser.

@@ -16,10 +16,12 @@ from scipy import ndimage
 from torch import Tensor
 
 from inference.geometry import Triple
+from inference.npz import NpzFile
 from inference.policy import modality_of
 from inference.refinement import hull
 from training.click_simulation import challenge_box
 from training.evaluation.label_map import as_labels
+from training.evaluation.metrics import as_spacing
 
 _SMALLEST_OBJECT = 8  # voxels
 _LARGEST_LABEL = 32767
@@ -86,7 +88,7 @@ def load_volumes(paths: Sequence[Path]) -> list[LabelledVolume]:
     """Read challenge npz files with ``gts``; those without an object are left out.
 
     Raises:
-        ValueError: a file has no ``gts`` or no ``spacing``, or none has an object.
+        ValueError: a file is damaged or has no ``gts`` or ``spacing`` of use; none has an object.
     """
     # Most of it is done outside of Python's lock.
     with ThreadPoolExecutor() as pool:
@@ -97,11 +99,10 @@ def load_volumes(paths: Sequence[Path]) -> list[LabelledVolume]:
 
 
 def _load_volume(path: Path) -> LabelledVolume:
-    with np.load(path, allow_pickle=False) as arrays:
-        if not {"gts", "spacing"} <= set(arrays.files):
-            raise ValueError(f"{path} holds {arrays.files}; accepted: npz with gts and spacing")
-        image = arrays["imgs"] if "imgs" in arrays.files else None
-        return _volume(path.stem, image, arrays["gts"], arrays["spacing"])
+    with NpzFile(path) as arrays:
+        if not {"gts", "spacing"} <= set(arrays):
+            raise ValueError(f"{path} holds {list(arrays)}; accepted: npz with gts and spacing")
+        return _volume(path.stem, arrays.get("imgs"), arrays["gts"], arrays["spacing"])
 
 
 def load_folder(folder: Path, cases: Sequence[str] | None = None) -> list[LabelledVolume]:
@@ -134,8 +135,8 @@ def _volume(
     labels: NDArray[np.generic],
     spacing_xyz: NDArray[np.generic],
 ) -> LabelledVolume:
-    x, y, z = (float(v) for v in spacing_xyz)
     try:
+        x, y, z = as_spacing(spacing_xyz.reshape(-1))
         kept = np.ascontiguousarray(as_labels(labels))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

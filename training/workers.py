@@ -129,6 +129,7 @@ class Workers:
 
         Raises:
             ValueError: a worker has ended, or found no window.
+            OSError: there is too little shared memory for all workers.
         """
         self._next = (edge, dict(dice))
         if not self._workers:
@@ -194,7 +195,13 @@ class Workers:
         largest = max(edge for _, edge in self._config.windows)
         sys.stdout.flush()
         for row in self._slots:
-            shared = _Shared.for_places(len(row), largest)
+            try:
+                shared = _Shared.for_places(len(row), largest)
+            except RuntimeError as error:  # torch's, where there is no more
+                had = f"{len(self._workers)} of {len(self._slots)} workers have"
+                raise OSError(
+                    f"{had} shared memory ({error}); accepted: fewer workers, or a larger /dev/shm"
+                ) from None
             here, there = context.Pipe()
             pool = Pool(self._dataset, self._config, row, self._total)
             pool.drawn = dict.fromkeys(row, self._drawn)

@@ -105,6 +105,8 @@ def test_what_never_fits_leaves_nothing(
     assert not list(tmp_path.glob("*data.tar.xz*"))
     assert main([str(folders[0]), str(folders[0]), "--out", str(out)]) == 1
     assert "names that differ" in capsys.readouterr().err
+    assert main([str(folders[0]), str(tmp_path / "vall"), "--out", str(out)]) == 1
+    assert f"{tmp_path / 'vall'}: no .npz file" in capsys.readouterr().err
 
 
 def test_from_an_archive_to_weights_and_figures_in_one_command(tmp_path: Path) -> None:

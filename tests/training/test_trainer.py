@@ -161,8 +161,11 @@ def test_a_checkpoint_of_another_network_is_refused(folder: Path, tmp_path: Path
     with pytest.raises(ValueError, match="no checkpoint of a sam_med3d"):
         _trainer(folder, tmp_path / "sam", **SAM).resume(tmp_path / "run" / "checkpoint.pt")
     deeper = {"refiner": {"channels": [16, 16], "blocks": [2, 1], "window": 16}}
-    with pytest.raises(ValueError, match=r"of another refiner: .*Missing key"):
+    with pytest.raises(ValueError, match=r"another refiner, .*'blocks': \(1, 1\).* accepted"):
         _trainer(folder, tmp_path / "deep", **deeper).resume(tmp_path / "run" / "checkpoint.pt")
+    shown = {"refiner": {"channels": [16, 16], "blocks": [1, 1], "window": 16, "coarse": True}}
+    with pytest.raises(ValueError, match=r"'coarse': False.* accepted: .*'coarse': True"):
+        _trainer(folder, tmp_path / "shown", **shown).resume(tmp_path / "run" / "checkpoint.pt")
     torch.save({"some": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no checkpoint of a run"):
         _trainer(folder, tmp_path / "run").resume(tmp_path / "other.pt")
