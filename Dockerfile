@@ -5,8 +5,11 @@ FROM ${BASE_IMAGE}
 WORKDIR /workspace
 
 # The user comes first, the layer that takes minutes next, the code last: a change of code rebuilds
-# in seconds.
-RUN useradd --uid 1000 --user-group --no-create-home --home-dir /workspace segmenter \
+# in seconds. Its numbers are nobody's: whoever passes `--user` must not turn out to be it (1000
+# would be most desktops' first user).
+RUN groupadd --gid 64646 segmenter \
+    && useradd --uid 64646 --gid segmenter --key UID_MAX=64646 --no-create-home \
+        --home-dir /workspace segmenter \
     && mkdir inputs outputs \
     && chown segmenter:segmenter outputs
 

@@ -17,6 +17,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 SHUT_OFF = ("--read-only", "--tmpfs", "/tmp", "-m", "8g", "--cap-drop", "ALL")
 SHUT_OFF += ("--security-opt", "no-new-privileges")
 STRANGER = 23456
+#: The first user of most desktops, and so what `--user "$(id -u):$(id -g)"` passes there.
+DESKTOP_USER = "1000:1000"
 MOST_BYTES = 1_300_000_000
 #: As the challenge starts it.
 OFFICIAL = ("/bin/bash", "-c", "sh predict.sh")
@@ -137,7 +139,9 @@ def test_closed_folders_of_somebody_elses_are_opened(
 @needs_root
 @pytest.mark.usefixtures("foreign")
 @pytest.mark.parametrize(
-    "options", [("--user", f"{STRANGER + 1}"), ("--cap-drop", "ALL")], ids=["user", "capability"]
+    "options",
+    [("--user", f"{STRANGER + 1}"), ("--user", DESKTOP_USER), ("--cap-drop", "ALL")],
+    ids=["user", "desktop user", "capability"],
 )
 def test_closed_folders_stay_closed_where_that_is_asked_for(
     start: Start, outputs: Path, options: tuple[str, ...]
