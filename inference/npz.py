@@ -7,8 +7,10 @@ refusing pickles is no way out; here they may hold plain data (plain_pickle.py),
 
 from __future__ import annotations
 
+import errno
 import io
 import math
+import stat
 import struct
 import warnings
 import zipfile
@@ -59,6 +61,9 @@ class NpzFile(Mapping[str, NDArray[Any]]):
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
         try:
+            kind = self._path.stat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # opening a pipe waits for a writer
+                raise OSError(errno.ESPIPE, "it is a pipe or device")
             self._archive = zipfile.ZipFile(self._path)
         except _DAMAGE as error:
             raise self._error(f"a file that {self._why_no_archive(error)}") from None

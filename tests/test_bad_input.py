@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import tracemalloc
@@ -305,6 +306,24 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(CaseError, match=r"^folder\.npz: received .* cannot be opened \(Is a dir"):
         load_case(tmp_path / "folder.npz")
+
+
+def test_what_would_be_waited_for_is_refused(tmp_path: Path) -> None:
+    """Opening a pipe waits for somebody to write into it."""
+    (tmp_path / "device.npz").symlink_to(os.devnull)
+    os.mkfifo(tmp_path / "pipe.npz")
+    writer = os.open(tmp_path / "pipe.npz", os.O_RDWR)  # or a failing test would wait, too
+    try:
+        for name in ("device", "pipe"):
+            with pytest.raises(CaseError, match=rf"^{name}\.npz: received .* \(it is a pipe or"):
+                load_case(tmp_path / f"{name}.npz")
+    finally:
+        os.close(writer)
+
+
+def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "link.npz").symlink_to(write_npz(tmp_path / "a.npz", small_case()))
+    assert load_case(tmp_path / "link.npz").name == "link.npz"
 
 
 def test_a_file_name_cannot_break_the_line(tmp_path: Path) -> None:
