@@ -345,6 +345,7 @@ def _to_npz(options: argparse.Namespace) -> None:
     labels = read_volume(options.labels) if options.labels else None
     clicks = [_click(words) for words in options.click]
     case = to_case(image, options.window, labels, options.box, clicks)
+    options.case.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.case) as file:
         np.savez_compressed(file, allow_pickle=True, **case)
     shape = "x".join(map(str, case["imgs"].shape))
@@ -357,7 +358,6 @@ def _to_npz(options: argparse.Namespace) -> None:
 
 
 def _to_nifti(options: argparse.Namespace) -> None:
-
     source = read_volume(options.image, options.series)
     with NpzFile(options.segs) as arrays:
         if "segs" not in arrays:
@@ -371,6 +371,7 @@ def _to_nifti(options: argparse.Namespace) -> None:
         kind = f"segs of {label_map.dtype} and shape {label_map.shape}"
         raise ValueError(f"{options.segs}: received {kind}; accepted: whole numbers 0 to 255")
     image = to_image(labels, source)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     _write_whole(image, options.out)
     print(f"{options.out}: {image.GetSize()} (x,y,z), {int(labels.max())} classes")
 

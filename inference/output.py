@@ -57,7 +57,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     case = zlib.crc32(os.fsencode(path.name))
     temporary = path.parent / f".{case:08x}-{os.getpid()}-{threading.get_ident()}.npz.part"
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        descriptor = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        error.filename = os.fspath(path)  # nobody asked for the temporary name
+        raise
     try:
         with os.fdopen(descriptor, "w+b") as file:
             yield file

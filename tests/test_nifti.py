@@ -140,7 +140,7 @@ def test_command_line_there_and_back(
     image, seg = tmp_path / f"image.{ending}", tmp_path / f"seg.{ending}"
     sitk.WriteImage(sitk.Cast(source, sitk.sitkInt16) * 10 - 300, str(image))
     sitk.WriteImage(source, str(seg))
-    case_path = tmp_path / "CT_1.npz"
+    case_path = tmp_path / "my" / "cases" / "CT_1.npz"  # folders that are not there are made
     words = ["to-npz", image, case_path, "--window", "400,-100", "--labels", seg]
     assert main([str(word) for word in words]) == 0
     assert "class 2: label 23, 30 voxels" in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_command_line_there_and_back(
     assert set(np.unique(case.image[gts == 2])) == {round((-70 + 300) * 255 / 400)}
 
     save_segmentation(tmp_path / "segs.npz", gts)
-    out = tmp_path / f"out.{ending}"
+    out = tmp_path / "my" / "results" / f"out.{ending}"
     assert main(["to-nifti", str(tmp_path / "segs.npz"), str(image), str(out)]) == 0
     back, original = sitk.ReadImage(str(out)), sitk.ReadImage(str(image))
     for what in ("Size", "Spacing", "Origin", "Direction"):

@@ -225,8 +225,10 @@ def test_what_is_no_label_map_is_refused(tmp_path: Path, labels: np.ndarray[Any,
 
 
 def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        save_segmentation(tmp_path / "no" / "a.npz", LABELS)
+    path = tmp_path / "no" / "a.npz"
+    with pytest.raises(FileNotFoundError) as caught:
+        save_segmentation(path, LABELS)
+    assert caught.value.filename == str(path)  # and no hidden one that nobody knows
 
 
 @pytest.mark.parametrize("stop", [SystemExit(143), KeyboardInterrupt()])
