@@ -5,7 +5,13 @@
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P) || exit 2
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python
+    command -v python >/dev/null || PYTHON=python3
     [ ! -x "$here/.venv/bin/python" ] || PYTHON="$here/.venv/bin/python"
+fi
+found=$(command -v -- "$PYTHON")
+if [ ! -f "$found" ] || [ ! -x "$found" ]; then
+    printf '%s\n' "error: $PYTHON cannot be run; accepted: PYTHON=FILE, a Python 3.11 or later" >&2
+    exit 2
 fi
 # In the image, and there only where a mounted folder is closed to its user: the one capability
 # that opens it, if the engine grants it (Dockerfile, open-mounts).

@@ -11,6 +11,7 @@ Imports are lazy: ``--help`` and wrong arguments answer at once, and each start 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import signal
@@ -123,13 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return ALL_WRITTEN
         segment_file = load(options)
+        bar, write = _progress(paths)
     except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
+        write_line(f"error: {error}", sys.stderr)
         return NOT_STARTED
     start_up = time.perf_counter() - started
 
     failed = 0
-    bar, write = _progress(paths)
     for path in bar:
         try:
             line = segment_file(path)
@@ -203,9 +204,17 @@ def load(options: argparse.Namespace) -> Callable[[Path], str]:
     Raises:
         StartError: it cannot be loaded; the message says why.
     """
-    segmenter = _build_segmenter(options)
-    finisher = _build_finisher(options)
+    try:
+        segmenter = _build_segmenter(options)
+        finisher = _build_finisher(options)
+    except ImportError as error:
+        raise _lacking(error) from error
     return lambda path: _segment_file(path, segmenter, finisher, options)
+
+
+def _lacking(error: ImportError) -> StartError:
+    said = " ".join(str(error).split())  # numpy says it in paragraphs
+    return StartError(f"{said}; {sys.executable} -m pip install -r requirements.txt")
 
 
 def _build_segmenter(options: argparse.Namespace) -> Segmenter:
@@ -284,9 +293,12 @@ def _report(case: Case, label_map: NDArray[np.uint8], seconds: float, device: st
 
 def _progress(paths: list[Path]) -> tuple[Iterable[Path], Callable[[str, TextIO], None]]:
     """The paths, under a progress bar on a terminal, and how to print a line beside it."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return paths, write_line
-    from tqdm import tqdm
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise _lacking(error) from error
 
     def beside(line: str, stream: TextIO) -> None:
         with tqdm.external_write_mode(file=stream):
@@ -295,14 +307,18 @@ def _progress(paths: list[Path]) -> tuple[Iterable[Path], Callable[[str, TextIO]
     return tqdm(paths, unit="case"), beside
 
 
-def write_line(line: str, stream: TextIO) -> None:
-    """Print a line; where nobody reads any more, go on in silence."""
+def write_line(line: str, stream: TextIO | None) -> None:
+    """Print a line; where it cannot be (nobody reads, the disk is full), go on in silence."""
+    if stream is None:  # closed before the start; print would take stdout for it
+        return
     try:
         print(line, file=stream, flush=True)
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+    except OSError:
+        # What the buffer holds would fail once more at the end, and change the exit status.
+        with contextlib.suppress(OSError), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+    except ValueError:  # closed since
+        pass
 
 
 def in_one_line(path: Path, error: Exception) -> str:
@@ -343,6 +359,11 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     Python's own answer to SIGTERM ends the process where it stands; this one unwinds, so that
     temporary files are removed.
     """
+    # A closed standard stream's number would go to the next file opened, such as a result, and what
+    # libraries print would go into it.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         sys.exit(main())
