@@ -102,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="leave out cases whose result is there already, to go on where a run ended",
     )
     parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="CPU threads (default: as many as cores)"
+        "--threads", type=_threads, metavar="N", help="CPU threads (default: as many as cores)"
     )
     parser.add_argument(
         "--overlay", type=Path, metavar="DIR", help="also draw each result as DIR/NAME.png"
@@ -346,10 +346,13 @@ def _shard(text: str) -> tuple[int, int]:
     return number, total
 
 
-def _positive(text: str) -> int:
-    number = int(text)
+def _threads(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if not 1 <= number <= _MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"{number}; accepted: 1 to {_MOST_THREADS}")
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: 1 to {_MOST_THREADS}")
     return number
 
 
