@@ -28,8 +28,11 @@ git := git -c safe.directory='*'
 VERSION  ?= $(shell $(git) describe --tags --always --dirty 2>/dev/null || echo unknown)
 REVISION ?= $(shell $(git) rev-parse HEAD 2>/dev/null || echo unknown)
 SOURCE   ?= $(shell $(git) config --get remote.origin.url | grep '^https:')
-# In full, since engines add registries of their own to shorter names.
-full_name = $(if $(findstring /,$(IMAGE)),,docker.io/library/)$(IMAGE)
+# In full, since engines add registries of their own to shorter names. What comes before the first
+# slash is a registry where it has a dot or a port, or is localhost.
+first := $(firstword $(subst /, ,$(IMAGE)))
+registry := $(findstring .,$(first))$(findstring :,$(first))$(filter localhost,$(first))
+full_name = $(if $(findstring /,$(IMAGE)),$(if $(registry),,docker.io/),docker.io/library/)$(IMAGE)
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip install --quiet --disable-pip-version-check
@@ -72,9 +75,12 @@ test: lint
 	@$(python) -m pytest
 
 bench: $(tests)
-	@for script in tests/benchmarks/bench_*.py; do \
-	    $(python) -m "tests.benchmarks.$$(basename "$$script" .py)"; \
-	done
+	@failed=; \
+	for script in tests/benchmarks/bench_*.py; do \
+	    name="$$(basename "$$script" .py)"; \
+	    $(python) -m "tests.benchmarks.$$name" || failed+=" $$name"; \
+	done; \
+	[[ ! $$failed ]] || { echo "failed:$$failed" >&2; exit 1; }
 
 evaluate: $(training)
 	@test -n "$(CASES)" || { echo "make evaluate CASES=folder of labelled .npz cases" >&2; exit 2; }
@@ -93,8 +99,9 @@ export: image
 # The image as it is.
 archive:
 	@docker tag "$(IMAGE)" "$(full_name)"
-	@docker save "$(full_name)" | gzip -n > "$(ARCHIVE).part"
-	@mv "$(ARCHIVE).part" "$(ARCHIVE)"
+	@trap 'rm -f "$(ARCHIVE).part"' EXIT; \
+	docker save "$(full_name)" | gzip -n > "$(ARCHIVE).part"; \
+	mv "$(ARCHIVE).part" "$(ARCHIVE)"
 	@cd "$$(dirname "$(ARCHIVE)")" && name="$$(basename "$(ARCHIVE)")" && \
 	    sha256sum "$$name" > "$$name.sha256"
 	@sha256sum "$(ARCHIVE)"
