@@ -53,7 +53,7 @@ def cpu_only(image: str) -> None:
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """The sample case, one without boxes and one later round, as their owner alone may read."""
+    """The sample case, one without boxes and one later round, for anybody to read."""
     folder = tmp_path / "inputs"
     folder.mkdir()
     shutil.copy(SAMPLE, folder)
@@ -64,6 +64,8 @@ def inputs(tmp_path: Path) -> Path:
     }
     for name, case in cases.items():
         write_npz(folder / name, case)
+    for path in (folder, *folder.iterdir()):  # whatever the umask
+        path.chmod(0o755 if path.is_dir() else 0o644)
     return folder
 
 

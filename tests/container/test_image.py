@@ -115,11 +115,13 @@ def test_shut_off_it_segments_every_kind_of_case(
 
 
 def test_one_broken_case_stops_no_other(start: Start, inputs: Path, outputs: Path) -> None:
-    (inputs / "CT_broken.npz").write_bytes((inputs / "PET_no_boxes.npz").read_bytes()[:2000])
+    broken = inputs / "CT_broken.npz"
+    broken.write_bytes((inputs / "PET_no_boxes.npz").read_bytes()[:2000])
+    broken.chmod(0o644)
     done = start(*SHUT_OFF, command=OFFICIAL)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and "CT_broken.npz" in line
+    assert line.startswith("error: CT_broken.npz: received a file that is a damaged or truncated")
     check_results(inputs, outputs, missing=("CT_broken.npz",))
 
 
