@@ -24,7 +24,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 PROBE = """
 import json, os, sys, time
 phases = {}
-# A process starts with no CPU time; on the wall it started when the parent says.
+# On the wall it started when the parent says; CPU time counts from there by itself, a process
+# starts with none.
 wall, cpu = time.time(), time.process_time()
 phases["interpreter"] = [wall - float(sys.argv[1]), cpu]
 def lap(name):
@@ -68,8 +69,9 @@ def measure(image: str | None) -> tuple[dict[str, list[float]], str]:
         subprocess.run([*docker, "true"], check=True)
         phases["container"] = [time.perf_counter() - started, float("nan")]
         command = [*docker, "python"]
-    # A shell notes the time: with a container its start is counted above.
-    script = f'exec {"python" if image else sys.executable} -P -c "$0" "$(date +%s.%N)"'
+    # A shell notes the time: with a container its start is counted above. It must not become the
+    # interpreter, whose CPU time would count what the engine did in the same process before.
+    script = f'{"python" if image else sys.executable} -P -c "$0" "$(date +%s.%N)" || exit'
     command = [*command[:-1], "sh", "-c", script, PROBE]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     if image is not None:
