@@ -23,9 +23,15 @@ def choose_device(name: str) -> torch.device:
 
     ``auto`` is CUDA where a GPU does compute: one that is busy, full, or of a kind that this build
     of torch knows no longer is left alone, and a line of the log says so.
+
+    Raises:
+        ValueError: CUDA is asked for, and there is none.
     """
     if name != "auto":
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"{name}: torch finds no CUDA device here; accepted: auto or cpu")
+        return device
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda")

@@ -113,8 +113,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Segment a folder as the command line says; returns the exit status."""
     options = make_parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
     started = time.perf_counter()
     try:
         paths, skipped = find_work(options)
@@ -222,8 +220,6 @@ def _build_segmenter(options: argparse.Namespace) -> Segmenter:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise StartError("--device cuda: torch finds no CUDA device here; accepted: auto or cpu")
 
     from inference.segmenter import Segmenter
 
@@ -367,6 +363,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         sys.exit(main())

@@ -214,6 +214,12 @@ def test_a_gpu_that_does_not_compute_is_left_alone(
     assert choose_device("cuda").type == "cuda"  # who asks for it is told what is wrong
 
 
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cuda: torch finds no CUDA device here; accepted: auto"):
+        choose_device("cuda")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_full_gpu_hands_over_to_the_cpu() -> None:
     case, segmenter = _case(), _segmenter("cuda")

@@ -21,6 +21,7 @@ from inference.geometry import window_around
 from inference.model.sam_med3d import SamMed3D, load_sam_med3d
 from inference.npz import NpzFile
 from inference.policy import modality_of
+from inference.precision import choose_device
 from inference.resampling import window_cells
 from training.augmentation import masked_z_scores
 
@@ -100,7 +101,7 @@ def describe_folder(
     names = _structures(folder)
     if embeddings is not None:
         model = load_sam_med3d(embeddings)
-        stage = CoarseStage(model, torch.device(device))
+        stage = CoarseStage(model, choose_device(device))
         described = (_describe(path, functools.partial(embed, model, stage)) for path in paths)
         cases = list(_named(described, names))
     elif jobs == 1:
