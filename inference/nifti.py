@@ -27,8 +27,8 @@ from inference.intensities import CT_WINDOWS, PERCENTILES, to_uint8
 from inference.nifti_integrity import check_whole
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
-from inference.output import replacing
 from inference.predict import run_program
+from inference.whole_file import replacing
 
 if TYPE_CHECKING:
     import SimpleITK as sitk

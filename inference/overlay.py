@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import colorsys
-import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from inference.whole_file import replacing
 
 PANEL_PIXELS = 384
 """Length in pixels of the longer edge of the field of view; the scale is common to all slices."""
@@ -75,12 +76,8 @@ def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
         + _chunk(b"IDAT", zlib.compress(rows.tobytes(), 6))
         + _chunk(b"IEND", b"")
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:

@@ -180,7 +180,7 @@ def test_a_folder_and_an_older_result_of_somebody_else() -> None:
 
 
 def temporary_name(name: str) -> str:
-    return f".{zlib.crc32(name.encode()):08x}-{os.getpid()}-{threading.get_ident()}.npz.part"
+    return f".{zlib.crc32(name.encode()):08x}-{os.getpid()}-{threading.get_ident()}.part"
 
 
 def test_a_left_over_temporary_file_is_in_nobodys_way(tmp_path: Path) -> None:

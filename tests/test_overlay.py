@@ -92,10 +92,10 @@ def test_failed_write_keeps_the_earlier_picture(tmp_path: Path, monkeypatch):
     save_png(path, picture)
     before = path.read_bytes()
 
-    def full(self, content):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_png(path, picture + 255)
     assert path.read_bytes() == before

@@ -29,6 +29,7 @@ from torch import Tensor
 from inference.model.refiner import RefinerConfig, load_refiners
 from inference.model.sam_med3d import SamMed3DConfig, load_sam_med3d
 from inference.model.weights import save_weights, sha256_of
+from inference.whole_file import replacing
 from training.initial_weights import TrainedNetwork, deaf, read_bundle, read_checkpoint
 from training.model_card import Figures, read_figures, write_figures
 
@@ -123,9 +124,8 @@ def list_sha256(path: Path, digest: str) -> None:
     sums = path.with_name(_SUMS)
     lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
     kept = [line for line in lines if line.startswith("#") or line[66:] != path.name]
-    temporary = sums.with_name(f".{_SUMS}.{os.getpid()}")
-    temporary.write_text("\n".join([*kept, f"{digest}  {path.name}", ""]), encoding="utf-8")
-    temporary.replace(sums)
+    with replacing(sums) as file:
+        file.write("\n".join([*kept, f"{digest}  {path.name}", ""]).encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from inference.intensities import CT_WINDOWS
+from inference.whole_file import replacing
 from training.raw_case import Conversion, RawCase, convert, list_cases, read_names
 
 MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")
@@ -200,12 +202,12 @@ class Log:
             return False
 
     def _write(self) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.part")
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row for _, row in sorted(self.rows.items()))
-        temporary.replace(self._path)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for _, row in sorted(self.rows.items()))
+        with replacing(self._path) as file:
+            file.write(table.getvalue().encode(errors="surrogateescape"))
 
 
 def _places(names: Sequence[str], share: float, rows: Mapping[str, Row]) -> dict[str, str]:
@@ -266,15 +268,8 @@ def _convert_one(case: RawCase, file: str, how: Conversion, out: Path) -> Row:
 def save_case(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Write an npz that appears under its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.part")  # the next run takes the same name
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=True, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        np.savez_compressed(file, allow_pickle=True, **arrays)
 
 
 def _write_manifests(out: Path, rows: Iterable[Row]) -> None:
@@ -293,9 +288,8 @@ def _write_manifests(out: Path, rows: Iterable[Row]) -> None:
                 }
             )
     for folder, entries in by_folder.items():
-        temporary = folder / ".manifest.json.part"
-        temporary.write_text(json.dumps(entries, indent=1, ensure_ascii=False), encoding="utf-8")
-        temporary.replace(folder / "manifest.json")
+        with replacing(folder / "manifest.json") as file:
+            file.write(json.dumps(entries, indent=1, ensure_ascii=False).encode())
 
 
 if __name__ == "__main__":

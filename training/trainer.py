@@ -15,6 +15,7 @@ from torch import Tensor
 from inference.model.refiner import Refiner
 from inference.model.sam_med3d import SamMed3D
 from inference.precision import autocast
+from inference.whole_file import replacing
 from training.checkpoint import PREFIX, load_checkpoint, save_checkpoint
 from training.config import Config
 from training.dataset import WindowDataset
@@ -271,9 +272,8 @@ class Trainer:
             )
             for name, stack in shown.items()
         }
-        temporary = self._out / ".samples.npz"
-        np.savez_compressed(temporary, **slices)  # type: ignore[arg-type]
-        temporary.replace(self._out / "samples.npz")
+        with replacing(self._out / "samples.npz") as file:
+            np.savez_compressed(file, **slices)  # type: ignore[arg-type]
 
 
 def _precision(config: Config, device: torch.device) -> tuple[torch.dtype, bool]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from inference.whole_file import replacing
 
 #: Where weights lie unless a path is given.
 WEIGHTS_DIR = Path(__file__).resolve().parents[2] / "weights"
@@ -95,9 +96,8 @@ def record_sha256(path: Path, digest: str) -> None:
     """List a file in the ``SHA256SUMS`` beside it."""
     sums = path.with_name(_SUMS)
     text = sums.read_text(encoding="utf-8") if sums.is_file() else ""
-    temporary = sums.with_name(f".{_SUMS}.{os.getpid()}")
-    temporary.write_text(f"{text}{digest}  {path.name}\n", encoding="utf-8")
-    temporary.replace(sums)
+    with replacing(sums) as file:
+        file.write(f"{text}{digest}  {path.name}\n".encode())
 
 
 def verify_weights(path: Path) -> bool:
@@ -281,14 +281,9 @@ def save_weights(
     entries = json.loads(data[8 : 8 + size])
     header = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors stay aligned
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.write(memoryview(data)[8 + size :])
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(memoryview(data)[8 + size :])
 
 
 def _shorten(names: Iterable[str], limit: int = 5) -> str:
