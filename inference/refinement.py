@@ -24,6 +24,7 @@ FIRST_LOOKS = (0.7, 1.4)
 #: Log-odds added everywhere before the first click: masks are too small then (chosen on training
 #: cases).
 BOX_ALONE = 0.3
+_BARELY = 0.01  # log-odds of a voxel that is just one of the object's
 _LAST = 1.0  # log-odds of a mask that nothing is said about any more
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
 #: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.
@@ -200,7 +201,10 @@ def touched_faces(
 def to_voxels(
     logits: Tensor, window: Window, label: int, volume: Triple, floor: float = 0.0
 ) -> ObjectLogits:
-    """Logits of a window's grid at the voxels of the volume, cut to where they exceed a floor."""
+    """Logits of a window's grid at the voxels of the volume, cut to where they exceed a floor.
+
+    What fills cells of the volume but half of no voxel keeps its most probable voxel.
+    """
     box = bounding_box((logits > floor).cpu().numpy())
     if box is None:
         return ObjectLogits.nothing(label)
@@ -217,6 +221,9 @@ def to_voxels(
         start.append(w + low)
     place = (keep[0], keep[1], keep[2])
     voxels = resample(logits[None], window.size, place)[0].cpu().numpy()
+    best = float(voxels.max())
+    if best <= 0 and bool((logits[window.inside(volume)] > 0).any()):
+        voxels += np.float32(_BARELY) - np.float32(best)
     return ObjectLogits(label, (start[0], start[1], start[2]), voxels)
 
 

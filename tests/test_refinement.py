@@ -200,6 +200,17 @@ def test_the_cut_to_positive_voxels_loses_none(size: tuple[int, int, int]) -> No
     np.testing.assert_allclose(pasted[whole > 0], whole[whole > 0], atol=1e-5)
 
 
+@pytest.mark.parametrize(("cells", "found"), [(0, []), (1, [[3, 3, 3]]), (9, [[3, 3, 3]])])
+def test_what_fills_half_of_no_voxel_keeps_the_most_probable_one(
+    cells: int, found: list[list[int]]
+) -> None:
+    """Eight cells are one voxel long."""
+    logits = torch.full((64, 64, 64), -4.0)
+    logits[26:28, 26:28, 26 : 26 + cells] = 1
+    part = to_voxels(logits, Window((0, 0, 0), (8, 8, 8), (64, 64, 64)), 1, (8, 8, 8))
+    assert (np.argwhere(part.logits > 0) + part.start).tolist() == found
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("start", [-128, -40, 60])
 def test_what_lies_beyond_the_volume_is_nothing(axis: int, start: int) -> None:
