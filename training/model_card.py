@@ -171,18 +171,16 @@ def _evaluation(figures: Figures, digest: str) -> str:
         means = ["cases", _MEAN] if len(modalities) > 1 else []
         for group in [*modalities, *means]:
             name = "mean of cases" if group == "cases" else group
-            cells = [_number(table[run, group, metric, t]["mean"]) for t in turns]
+            cells = [_cell(table.get((run, group, metric, t)), "mean") for t in turns]
             n = table[run, group, metric, turns[-1]]["n"]
             lines.append(f"| {name} | {n} | {' | '.join(cells)} |")
-        ranges = [
-            f"{_number(row['ci95_low'])}–{_number(row['ci95_high'])}"
-            for row in (table[run, _MEAN, metric, t] for t in turns)
-        ]
+        overall = [table.get((run, _MEAN, metric, t)) for t in turns]
+        ranges = [_cell(row, "ci95_low", "ci95_high") for row in overall]
         lines.append(f"| its 95 % bootstrap interval | | {' | '.join(ranges)} |")
         for other in exact:
             found = [table.get((other, _MEAN, metric, t)) for t in turns]
-            if other != run and all(found):
-                cells = [_number(row["mean"]) for row in found if row is not None]
+            if other != run and any(found):
+                cells = [_cell(row, "mean") for row in found]
                 lines.append(f"| {other}, {_MEAN} | | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -194,8 +192,9 @@ def _settings(summary: Path, run: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _number(text: str) -> str:
-    return f"{float(text):.3f}"
+def _cell(row: Mapping[str, str] | None, *keys: str) -> str:
+    """Figures of a row; a dash where there is none, as of the box round without boxes."""
+    return "–".join(f"{float(row[key]):.3f}" for key in keys) if row is not None else "–"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
