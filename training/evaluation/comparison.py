@@ -56,20 +56,27 @@ class Difference:
         return float(stats.binomtest(self.better, decided, 0.5).pvalue)
 
 
+def read_metrics(path: Path) -> dict[str, dict[str, str]]:
+    """Rows of an official table by case.
+
+    Raises:
+        ValueError: a column is missing.
+        OSError: it cannot be read.
+    """
+    rows = read_csv(path)
+    missing = {"CaseName", *COMPARED} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path}: no columns {sorted(missing)}; accepted: a metrics CSV")
+    return {row["CaseName"]: row for row in rows}
+
+
 def compare(ours: Path, theirs: Path) -> list[Difference]:
     """Compare two official tables on the cases they share.
 
     Raises:
         ValueError: no case in common, or a column is missing.
     """
-    tables = []
-    for path in (ours, theirs):
-        rows = read_csv(path)
-        missing = {"CaseName", *COMPARED} - set(rows[0] if rows else ())
-        if missing:
-            raise ValueError(f"{path}: no columns {sorted(missing)}; accepted: a metrics CSV")
-        tables.append({row["CaseName"]: row for row in rows})
-    mine, other = tables
+    mine, other = read_metrics(ours), read_metrics(theirs)
     shared = sorted(mine.keys() & other.keys())
     if not shared:
         raise ValueError(f"{ours} and {theirs} have no case in common")

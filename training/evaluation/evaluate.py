@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ from tqdm import tqdm
 import inference
 from inference.finishing import DEFAULT, POSTPROCESSING
 from inference.model.weights import find_weights, sha256_of
-from training.evaluation.comparison import Difference, compare, format_differences
+from training.evaluation.comparison import (
+    Difference,
+    compare,
+    format_differences,
+    read_metrics,
+)
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.metrics import area_under_curve
 from training.evaluation.perturbation import VARIANTS, PromptVariant
@@ -35,6 +41,7 @@ from training.evaluation.predictors import (
     Predictor,
     PredictorChoice,
     build_predictor,
+    check_choice,
     image_id,
 )
 from training.evaluation.protocol import CaseResult, run_case
@@ -101,14 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kinds = _kinds(options.predictor)
         if options.name is not None and len(kinds) > 1:
             raise ValueError(f"--name {options.name!r} for {len(kinds)} predictors; accepted: one")
+        runs = _plan(kinds, variants, options)
+        _check_comparison(options.compare, [run for *_, run in runs], paths)
         options.out.mkdir(parents=True, exist_ok=True)
         differences = {}
-        for kind, variant in itertools.product(kinds, variants):
-            choice = _choice(kind, options)
-            name = options.name or kind
-            if variant.name != "exact":
-                name = f"{name}@{variant.name}"
-            run = RunFolder(options.out, name)
+        for choice, variant, run in runs:
             run.open(_settings(choice, options, variant), force=options.force)
             results, unread = _evaluate(run, paths, choice, options, variant)
             failures += unread
@@ -117,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.write_metrics(results)
             failures += _print_results(run, results)
             if options.compare is not None:
-                differences[name] = compare(run.metrics_csv, options.compare)
-                print(f"against {options.compare}\n{format_differences(differences[name])}")
+                differences[run.name] = compare(run.metrics_csv, options.compare)
+                print(f"against {options.compare}\n{format_differences(differences[run.name])}")
         _write_pages(options, differences)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -170,6 +174,33 @@ def _choice(kind: str, options: argparse.Namespace) -> PredictorChoice:
         device=options.device,
         postprocess=options.postprocess,
     )
+
+
+def _plan(
+    kinds: Sequence[str], variants: Sequence[PromptVariant], options: argparse.Namespace
+) -> list[tuple[PredictorChoice, PromptVariant, RunFolder]]:
+    """All runs; what would stop one of them after hours is found here."""
+    choices = {kind: _choice(kind, options) for kind in kinds}
+    for choice in choices.values():
+        check_choice(choice, options.jobs)
+    inputs = [folder for folder in (options.cases, options.references) if folder is not None]
+    runs = []
+    for kind, variant in itertools.product(kinds, variants):
+        name = options.name or kind
+        if variant.name != "exact":
+            name = f"{name}@{variant.name}"
+        run = RunFolder(options.out, name)
+        run.keep_apart(*inputs)
+        runs.append((choices[kind], variant, run))
+    return runs
+
+
+def _check_comparison(table: Path | None, runs: Sequence[RunFolder], paths: Sequence[Path]) -> None:
+    """Read the table to compare with, unless it is one of those still to be written."""
+    if table is None or table.resolve() in [run.metrics_csv.resolve() for run in runs]:
+        return
+    if not read_metrics(table).keys() & {path.name for path in paths}:
+        raise ValueError(f"{table} has no case in common with the cases to evaluate")
 
 
 def _settings(
@@ -274,10 +305,15 @@ def _run_all(
         initializer=_start_worker,
         initargs=(choice, options.jobs),
     ) as pool:
-        tasks = [pool.submit(_run_in_worker, path, *how) for path in paths]
         try:
+            tasks = [pool.submit(_run_in_worker, path, *how) for path in paths]
             for task in as_completed(tasks):
                 yield task.result()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                f"one of {options.jobs} processes ended before its case was done, as for lack of "
+                "memory; cases done are kept: run it again with fewer --jobs"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

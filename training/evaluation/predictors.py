@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -214,6 +214,21 @@ def build_predictor(choice: PredictorChoice) -> Predictor:
         accepted = ", ".join(["segmenter", "command", "image", *BASELINES])
         raise ValueError(f"predictor {choice.kind!r}; accepted: {accepted}")
     return InProcess(BASELINES[choice.kind])
+
+
+def check_choice(choice: PredictorChoice, jobs: int) -> None:
+    """Find out now what would stop ``jobs`` processes, which cannot say why they end.
+
+    Raises:
+        ValueError, OSError: what ``choice`` names cannot be built.
+    """
+    if choice.device == "cuda":
+        from inference.precision import choose_device
+
+        choose_device(choice.device)
+    # A single job builds networks in this process, whose memory is measured: not here, too.
+    if choice.kind != "segmenter" or jobs > 1:
+        build_predictor(replace(choice, device="cpu"))
 
 
 def _segmenter(choice: PredictorChoice) -> Callable[[Case], NDArray[np.uint8]]:

@@ -39,15 +39,14 @@ class RunFolder:
 
         Args:
             settings: whatever the scores depend on; plain JSON values.
-            force: forget the cases already done.
+            force: forget the cases already done; files of others stay.
 
         Raises:
             ValueError: the folder holds cases of a run with other settings.
         """
         self._cases.mkdir(parents=True, exist_ok=True)
         if force:
-            for path in self._cases.iterdir():
-                path.unlink()
+            self._forget()
         if self._settings.is_file():
             before = json.loads(self._settings.read_text(encoding="utf-8"))
             differing = [k for k in {*before, *settings} if before.get(k) != settings.get(k)]
@@ -60,6 +59,29 @@ class RunFolder:
                     "same settings, another --out or --name, or --force to start over"
                 )
         _write(self._settings, json.dumps(settings, indent=1).encode())
+
+    def _forget(self) -> None:
+        """Remove the cases done, the settings last: where they are gone no case is left."""
+        for path in self._cases.glob("*.json"):
+            segs = path.with_suffix(".npz")
+            if path != self._settings and segs.is_file():
+                path.unlink()
+                segs.unlink()
+        self._settings.unlink(missing_ok=True)
+
+    def keep_apart(self, *inputs: Path) -> None:
+        """See to it that the run's files will not lie among those it reads.
+
+        Raises:
+            ValueError: its folder, or the one that holds that, is one of the ``inputs``.
+        """
+        for folder in (self.metrics_csv.parent, self._cases):
+            for read in inputs:
+                if is_same_folder(folder, read):
+                    raise ValueError(
+                        f"results would lie in {folder}, among what is read; accepted: another "
+                        "--out or --name"
+                    )
 
     @property
     def is_known(self) -> bool:
@@ -124,6 +146,11 @@ class RunFolder:
 
     def _segs(self, name: str) -> Path:
         return self._cases / f"{name.removesuffix('.npz')}.npz"
+
+
+def is_same_folder(one: Path, other: Path) -> bool:
+    """Whether both are there and the same, by whatever links and names."""
+    return one.is_dir() and other.is_dir() and one.samefile(other)
 
 
 def list_runs(folder: Path) -> list[RunFolder]:

@@ -199,11 +199,75 @@ def test_failed_predictions_are_told(cases, tmp_path, capsys):
         (["--predictor", "box", "--limit", "0"], "limit 0; accepted"),
         (["--predictor", "box,ellipsoid", "--name", "both"], "accepted: one"),
         (["--weights", "/nowhere"], "no weights '/nowhere'"),
+        (["--weights", __file__, "--jobs", "2"], "test_evaluate.py: "),
+        (["--predictor", "box,magic"], "predictor 'magic'; accepted"),
+        (["--predictor", "magic", "--jobs", "2"], "predictor 'magic'; accepted"),
+        (["--predictor", "command", "--jobs", "2"], "needs --command"),
+        (["--device", "cuda"], "cuda: torch finds no CUDA device here"),
+        (["--predictor", "box", "--compare", "/no.csv"], "No such file or directory: '/no.csv'"),
     ],
 )
-def test_what_cannot_start(cases, tmp_path, capsys, more, message):
-    assert run(cases, tmp_path, *more) == 2
-    assert message in capsys.readouterr().err
+def test_what_cannot_start(cases, tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run(cases, tmp_path / "out", *more) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_without_a_common_case_are_refused_before_the_work(cases, tmp_path, capsys):
+    other = official(tmp_path / "other.csv", {"CT_elsewhere.npz": 0.5})
+    assert run(cases, tmp_path / "out", "--predictor", "box", "--compare", str(other)) == 2
+    assert "other.csv has no case in common" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    # A table that the same command is still to write.
+    table = str(tmp_path / "out" / "box_metrics.csv")
+    assert run(cases, tmp_path / "out", "--predictor", "box,ellipsoid", "--compare", table) == 0
+
+
+def die(*_):
+    os._exit(9)
+
+
+def test_a_worker_that_is_killed_is_told_in_a_line(cases, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "_start_worker", die)
+    assert run(cases, tmp_path, "--predictor", "box", "--jobs", "2") == 2
+    said = capsys.readouterr().err
+    assert "one of 2 processes ended" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["run", "out", "references", "link"])
+def test_results_never_lie_among_what_is_read(cases, tmp_path, capsys, place):
+    here = shutil.copytree(cases, tmp_path / "box")
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "box").symlink_to(here)
+    arguments = {
+        "run": [here, tmp_path],
+        "out": [here, here],
+        "references": [cases, tmp_path, "--references", str(here)],
+        "link": [here, tmp_path / "linked"],
+    }[place]
+    assert run(*arguments, "--predictor", "ellipsoid,box", "--force") == 2
+    said = capsys.readouterr().err
+    assert "among what is read; accepted: another --out" in said
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+    assert not (tmp_path / "ellipsoid").exists()
+
+
+def test_force_leaves_what_is_no_result(cases, tmp_path):
+    assert run(cases, tmp_path, "--predictor", "box", "--limit", "2") == 0
+    folder = tmp_path / "box"
+    results = {path.name for path in folder.iterdir()}
+    assert len(results) == 2 * 2 + 1
+    (folder / "drawings").mkdir()
+    for name in ("notes.json", "other.npz", "notes.txt"):
+        (folder / name).write_text("mine", encoding="utf-8")
+    assert run(cases, tmp_path, "--predictor", "box", "--limit", "1", "--no-boxes", "--force") == 0
+    left = {path.name for path in folder.iterdir()}
+    foreign = {"drawings", "notes.json", "other.npz", "notes.txt"}
+    assert left == foreign | {"settings.json", "CT_case0.json", "CT_case0.npz"}
+    assert left > foreign and left < results | foreign
 
 
 def test_no_cases(tmp_path, capsys):
