@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from inference.policy import modality_of
 from inference.precision import choose_device
 from inference.resampling import window_cells
 from training.augmentation import masked_z_scores
+from training.manifest import read_structures
 
 FEATURES = (
     "log voxels",
@@ -93,12 +93,12 @@ def describe_folder(
         device: where to compute embeddings.
 
     Raises:
-        ValueError: there is no labelled case, or a file cannot be read as one.
+        ValueError: there is no labelled case, or a file or the manifest cannot be read as one.
     """
     paths = sorted(path for path in folder.glob("*.npz") if not path.name.startswith("."))
     if not paths:
         raise ValueError(f"{folder}: no .npz file; accepted: a folder of labelled cases")
-    names = _structures(folder)
+    names = read_structures(folder)
     if embeddings is not None:
         model = load_sam_med3d(embeddings)
         stage = CoarseStage(model, choose_device(device))
@@ -128,15 +128,6 @@ def _named(
                 for o in case.objects
             ),
         )
-
-
-def _structures(folder: Path) -> dict[str, dict[str, str]]:
-    """Names by file and label, where a ``manifest.json`` has them."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return {}
-    entries = json.loads(manifest.read_text(encoding="utf-8"))
-    return {entry["file"]: entry.get("structures") or {} for entry in entries}
 
 
 def _describe(

@@ -47,6 +47,7 @@ from training.evaluation.predictors import (
 from training.evaluation.protocol import CaseResult, run_case
 from training.evaluation.results import RunFolder, list_runs, write_csv
 from training.evaluation.summary import format_stress, format_table, stress_rows, summarise
+from training.manifest import read_structures
 
 #: A case's result and last label map, or why it could not be read.
 _Outcome = tuple[CaseResult, NDArray[np.uint8]] | str
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         variants = _variants(options.prompts)
         paths = _list_cases(options.cases, options.limit)
+        read_structures(options.cases)  # or each case would tell what is wrong with it
         kinds = _kinds(options.predictor)
         if options.name is not None and len(kinds) > 1:
             raise ValueError(f"--name {options.name!r} for {len(kinds)} predictors; accepted: one")

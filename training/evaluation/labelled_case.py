@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from inference.npz import NpzFile
 from training.evaluation.label_map import LabelMap
 from training.evaluation.metrics import as_spacing
 from training.evaluation.surface_dice import Spacing
+from training.manifest import read_structures
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def load_labelled_case(
         boxes: False drops the boxes, as for the challenge's cases that come without.
 
     Raises:
-        ValueError: no reference, nothing labelled, shapes or numbers of classes that differ.
+        ValueError: no reference, nothing labelled, shapes or numbers of classes that differ; a
+            manifest that is none.
     """
     with NpzFile(path) as file:
         arrays = {key: file[key] for key in file if key != "gts"}
@@ -74,20 +75,11 @@ def load_labelled_case(
     if "boxes" in arrays and arrays["boxes"].shape[:1] != (len(reference.labels),):
         shape = arrays["boxes"].shape
         raise ValueError(f"{path.name}: boxes of shape {shape}, {len(reference.labels)} classes")
+    named = read_structures(path.parent).get(path.name, {})
     return LabelledCase(
         path.name,
         arrays,
         reference,
         as_spacing(spacing.reshape(-1)),
-        _structures(path, reference.labels),
+        tuple(named.get(str(label), "") for label in reference.labels),
     )
-
-
-def _structures(path: Path, labels: list[int]) -> tuple[str, ...]:
-    manifest = path.parent / "manifest.json"
-    named: Mapping[str, str] = {}
-    if manifest.is_file():
-        for entry in json.loads(manifest.read_text(encoding="utf-8")):
-            if entry.get("file") == path.name:
-                named = entry.get("structures") or {}
-    return tuple(str(named.get(str(label), "")) for label in labels)
