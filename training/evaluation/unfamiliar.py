@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from scipy import ndimage
 
 from training.augmentation import Chance
 from training.evaluation.labelled_case import load_labelled_case
+from training.evaluation.results import is_same_folder
+from training.manifest import read_structures
 from training.preprocess import save_case
 from training.raw_case import challenge_boxes
 
@@ -59,35 +62,52 @@ def unfamiliar(
     return values.round().clip(0, 255).astype(np.uint8), bent
 
 
+def bend_case(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a challenge file made unfamiliar; labels that were lost leave no gap.
+
+    Raises:
+        ValueError: it is no labelled case of 0 to 255 with at most 255 labels.
+        OSError: it cannot be read.
+    """
+    case = load_labelled_case(path, boxes=False)
+    image, count = case.arrays["imgs"], len(case.reference.labels)
+    if not (image.min() >= 0 and image.max() <= 255):  # false of NaN
+        raise ValueError(
+            f"{path.name}: intensities {image.min()} to {image.max()}; accepted: 0 to 255"
+        )
+    if count > 255:
+        raise ValueError(f"{path.name}: {count} labels; accepted: at most 255")
+    image, labels = unfamiliar(image.astype(np.uint8), case.reference.voxels, path.name)
+    left = np.unique(labels[labels > 0])
+    labels = ((np.searchsorted(left, labels) + 1) * (labels > 0)).astype(np.uint8)
+    boxes = challenge_boxes(labels, path.name)
+    return {"imgs": image, "gts": labels, "spacing": case.arrays["spacing"], "boxes": boxes}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: write bent cases; returns the exit status, 1 if one is left out."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--cases", type=Path, required=True, help="challenge files with gts")
     parser.add_argument("--out", type=Path, required=True, help="where files of their names go")
     options = parser.parse_args(arguments)
-    paths = sorted(options.cases.glob("*.npz"))
-    if not paths:
-        print(f"error: {options.cases}: no .npz; accepted: challenge files", file=sys.stderr)
+    try:
+        paths = sorted(options.cases.glob("*.npz"))
+        if not paths:
+            raise ValueError(f"{options.cases}: no .npz; accepted: challenge files")
+        read_structures(options.cases)  # or each case would tell what is wrong with it
+        options.out.mkdir(parents=True, exist_ok=True)
+        if is_same_folder(options.out, options.cases):
+            raise ValueError(f"{options.out} is the folder of the cases, which would be replaced")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     status = 0
     for path in paths:
         try:
-            case = load_labelled_case(path, boxes=False)
-            image = case.arrays["imgs"]
-            if image.min() < 0 or image.max() > 255:
-                raise ValueError(
-                    f"{path.name}: intensities {image.min()} to {image.max()}; accepted: 0 to 255"
-                )
+            save_case(options.out / path.name, bend_case(path))
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             status = 1
-            continue
-        image, labels = unfamiliar(image.astype(np.uint8), case.reference.voxels, path.name)
-        left = np.unique(labels[labels > 0])
-        labels = ((np.searchsorted(left, labels) + 1) * (labels > 0)).astype(np.uint8)
-        arrays = {"imgs": image, "gts": labels, "spacing": case.arrays["spacing"]}
-        boxes = challenge_boxes(labels, path.name)
-        save_case(options.out / path.name, {**arrays, "boxes": boxes})
     return status
 
 

@@ -45,12 +45,18 @@ def test_bent_cases_can_be_evaluated_and_faults_are_told(
     gts = np.ones((9, 9, 9), np.uint8)
     np.savez(cases / "CT_raw.npz", imgs=np.full((9, 9, 9), 900.0), gts=gts, spacing=[1, 1, 1])
     np.savez(cases / "CT_short.npz", imgs=gts[:8], gts=gts, spacing=[1, 1, 1])
+    unknown = np.full((9, 9, 9), 9.0)
+    unknown[4, 4, 4] = np.nan
+    np.savez(cases / "CT_nan.npz", imgs=unknown, gts=gts, spacing=[1, 1, 1])
+    many = np.arange(9**3, dtype=np.uint16).reshape(9, 9, 9) % 257
+    np.savez(cases / "CT_many.npz", imgs=gts, gts=many, spacing=[1, 1, 1])
     out = tmp_path / "out"
     assert main(["--cases", str(cases), "--out", str(out)]) == 1
     error = capsys.readouterr().err
-    faulty = {"CT_broken.npz", "CT_raw.npz", "CT_short.npz"}
+    faulty = {f"CT_{name}.npz" for name in ("broken", "raw", "short", "nan", "many")}
     assert all(name in error for name in faulty) and error.count("\n") == len(faulty)
-    assert "900.0; accepted: 0 to 255" in error
+    assert "900.0; accepted: 0 to 255" in error and "nan; accepted: 0 to 255" in error
+    assert "CT_many.npz: 256 labels; accepted: at most 255" in error
     names = {path.name for path in cases.glob("*.npz")} - faulty
     assert {path.name for path in out.iterdir()} == names
     for name in names:
@@ -59,3 +65,25 @@ def test_bent_cases_can_be_evaluated_and_faults_are_told(
         assert case.has_boxes and case.reference.labels == before.reference.labels
     assert main(["--cases", str(out / "nowhere"), "--out", str(out)]) == 1
     assert "no .npz" in capsys.readouterr().err
+
+
+def test_what_cannot_start_is_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cases").mkdir()
+    cases = write_balls(tmp_path / "cases")
+    before = {path.name: path.read_bytes() for path in cases.glob("*.npz")}
+    (tmp_path / "link").symlink_to(cases)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for out, message in (
+        (cases, "is the folder of the cases"),
+        (tmp_path / "link", "is the folder of the cases"),
+        (tmp_path / "file", "File exists"),
+    ):
+        assert main(["--cases", str(cases), "--out", str(out)]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in cases.glob("*.npz")} == before
+    (cases / "manifest.json").write_text('{"CT": 1}', encoding="utf-8")
+    assert main(["--cases", str(cases), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
