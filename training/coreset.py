@@ -282,18 +282,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--method", choices=METHODS, default="diverse", help="default: %(default)s")
     add("--seed", type=int, default=0)
     add("--embeddings", metavar="WEIGHTS", help="SAM-Med3D whose image embeddings tell objects")
-    add("--device", default="cpu", help="for embeddings")
+    add("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="for embeddings")
     add("--jobs", type=int, default=1, metavar="N", help="cases at a time (default: 1)")
     options = parser.parse_args(arguments)
     if options.out.suffix != ".json":
         parser.error(f"--out {options.out}; accepted: a name ending in .json")
     try:
+        if not 0 < options.share <= 1:  # also of NaN
+            raise ValueError(f"--share {options.share:g}; accepted: over 0, up to 1")
         weights = find_weights(options.embeddings) if options.embeddings else None
         pool = Pool(describe_folder(options.data, options.jobs, weights, options.device))
         total = len(pool.cases)
         count = options.cases
         if count is None:
-            count = max(int(options.share > 0), round(options.share * total))
+            count = max(1, round(options.share * total))
         if not 1 <= count <= total:
             raise ValueError(f"received {count} cases of {total}; accepted: 1 to {total}")
         chosen = METHODS[options.method](pool, count, options.seed)

@@ -275,14 +275,35 @@ def test_errors_are_one_line(
         (["--data", tmp_path / "bare", "--out", out], "accepted: imgs (D, H, W) and gts of its"),
         (["--data", tmp_path / "flat", "--out", out], "accepted: three positive numbers"),
         (["--data", folder, "--out", out, "--cases", 13], "received 13 cases of 12"),
-        (["--data", folder, "--out", out, "--share", 2], "received 24 cases of 12"),
-        (["--data", folder, "--out", out, "--share", 0], "received 0 cases of 12"),
+        *(
+            (["--data", folder, "--out", out, "--share", share], "accepted: over 0, up to 1")
+            for share in ("2", "0", "-0.5", "inf", "nan")
+        ),
         (["--data", folder, "--out", out, "--cases", 0], "received 0 cases of 12"),
         (["--data", folder, "--out", out, "--embeddings", "no"], "no weights 'no'"),
     ):
         assert run(*words) == 1
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_gpu_that_is_not_there_is_told_in_a_line(
+    tmp_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    sam, out = tmp_path / "sam.safetensors", tmp_path / "list.json"
+    save_weights(sam, noisy(SamMed3D(SAM)).state_dict(), {"sam": SAM.to_json()})
+    words = ["--data", folder, "--out", out, "--embeddings", sam, "--device"]
+    assert run(*words, "cuda") == 1
+    error = capsys.readouterr().err
+    assert "cuda: torch finds no CUDA device here" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        run(*words, "gpu")
+    assert "invalid choice: 'gpu'" in capsys.readouterr().err
     assert not out.exists()
 
 
