@@ -28,6 +28,7 @@ The procedure:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ from inference.adaptive_steps import STEPS, Region, apply_step
 from inference.model.weights import find_weights, sha256_of
 from inference.object_features import FEATURES, ObjectFeatures, measure
 from inference.policy import ANY, POLICY_FILE, Condition, Rule, modality_of
+from inference.whole_file import replacing
 from training.evaluation.degradation import degrade
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.recording import load_record, record_folder, restrict
@@ -338,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--objects", type=int, default=5, metavar="N", help="a case at most, default: %(default)s")
     options = parser.parse_args(arguments)
     try:
+        _check_place(options.out)
         weights = find_weights(options.weights)
         records = record_folder(
             options.cases,
@@ -371,9 +374,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cells.append(f"{modality} {means[0]:.4f} {means[1]:.4f}")
         facts.append(f"  noise {level:g}: {'; '.join(cells)}")
     text = format_policy(steps, facts)
-    options.out.write_text(text, encoding="utf-8")
-    print(text)
+    print(text)  # first, for the hours of work in it
+    try:
+        with replacing(options.out) as file:
+            file.write(text.encode())
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _check_place(path: Path) -> None:
+    """Make sure now, not after hours of work, that a file can be written."""
+    folder = path.parent
+    if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(f"--out {path}; accepted: a file in a folder that can be written")
 
 
 if __name__ == "__main__":
