@@ -6,6 +6,20 @@ import os
 from pathlib import Path
 
 
+def split_marked(path: Path, begin: str, end: str) -> tuple[str, str]:
+    """What a file holds before and after two markers.
+
+    Raises:
+        ValueError: the file has not exactly one pair of markers.
+        OSError: it cannot be read.
+    """
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended or begin in after or end in after or end in before:
+        raise ValueError(f"{path}: accepted: one line '{begin}' and after it one line '{end}'")
+    return before, after
+
+
 def replace_marked(path: Path, begin: str, end: str, markdown: str) -> None:
     """Put Markdown between two markers; the rest of the file stays as it is.
 
@@ -13,10 +27,7 @@ def replace_marked(path: Path, begin: str, end: str, markdown: str) -> None:
         ValueError: the file has not exactly one pair of markers.
         OSError: it cannot be read or written.
     """
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, ended, after = rest.partition(end)
-    if not found or not ended or begin in after or end in after or end in before:
-        raise ValueError(f"{path}: accepted: one line '{begin}' and after it one line '{end}'")
+    before, after = split_marked(path, begin, end)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     temporary.write_text(f"{before}{begin}\n\n{markdown}\n\n{end}{after}", encoding="utf-8")
     temporary.replace(path)

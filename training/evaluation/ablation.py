@@ -46,10 +46,11 @@ from training.evaluation.degradation import degrade
 from training.evaluation.label_map import LabelMap
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.metrics import Scores, score
+from training.evaluation.protocol import ROUNDS
 from training.evaluation.recording import load_record, record_folder, restrict
 from training.evaluation.report import write_report
 from training.evaluation.results import list_runs, write_csv
-from training.marked_text import replace_marked
+from training.marked_text import replace_marked, split_marked
 
 #: The paper's fifth step: where two objects claim a voxel the lower label gets it.
 PRIORITY = "priority"
@@ -192,6 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--jobs", type=int, default=1, metavar="N", help="cases at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        unknown = sorted(set(options.rounds) - set(range(ROUNDS)))
+        if unknown:
+            raise ValueError(f"--rounds {unknown[0]}; accepted: 0 (the box round) to {ROUNDS - 1}")
+        if options.document is not None:
+            split_marked(options.document, BEGIN, END)  # now, not after hours of work
+        options.out.mkdir(parents=True, exist_ok=True)
         weights = find_weights(options.weights)
         records = record_folder(
             options.cases, options.cache, weights=weights, objects=options.objects
@@ -199,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds, levels = tuple(options.rounds), tuple(options.noise)
         tasks = [Task(record, options.cases, rounds, levels) for record in records]
         rows = run_tasks(tasks, options.jobs, lambda line: print(line, flush=True))
-        options.out.mkdir(parents=True, exist_ok=True)
+        if not rows:
+            raise ValueError(f"--rounds 0: no case has boxes; accepted: also 1 to {ROUNDS - 1}")
         write_csv(options.out / "ablation_scores.csv", rows)
         table = summarise_ablation(rows)
         write_csv(options.out / "ablation.csv", table)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,7 @@ from inference.refinement import ObjectLogits, merge
 from inference.segmenter import Segmenter
 from training.evaluation.label_map import LabelMap
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
+from training.evaluation.metrics import CLICK_ROUNDS
 from training.evaluation.perturbation import EXACT, PromptVariant
 from training.evaluation.predictors import InProcess
 from training.evaluation.protocol import run_case
@@ -177,7 +179,15 @@ def record_folder(
 
     Returns:
         The records.
+
+    Raises:
+        ValueError: no case, one that cannot be recorded, or a number out of range.
+        OSError: a file cannot be read or written.
     """
+    _check("objects", objects, 1, 255)
+    _check("per-modality", per_modality, 1)
+    _check("click-rounds", click_rounds, 0, CLICK_ROUNDS)
+    _check("without-boxes-every", without_boxes_every, 1)
     settings = f"{objects}-{per_modality or 'all'}-{click_rounds}-{without_boxes_every or 'never'}"
     place = hashlib.sha256(str(cases.resolve()).encode()).hexdigest()
     folder = out / f"{cases.name}-{place[:8]}-{sha256_of(weights)[:8]}-{settings}"
@@ -205,6 +215,12 @@ def record_folder(
     return records
 
 
+def _check(option: str, number: int | None, least: int, most: float = math.inf) -> None:
+    if number is not None and not least <= number <= most:
+        accepted = f"at least {least}" if math.isinf(most) else f"{least} to {most}"
+        raise ValueError(f"--{option} {number}; accepted: {accepted}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record a folder as the command line says; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -221,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--threads", type=int, metavar="N", help="CPU threads")
     options = parser.parse_args(arguments)
     if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads {options.threads}; accepted: at least 1")
         import torch
 
         torch.set_num_threads(options.threads)

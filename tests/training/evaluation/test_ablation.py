@@ -270,6 +270,72 @@ def test_a_folder_without_cases_is_refused(tmp_path, capsys):
     assert "no .npz file" in capsys.readouterr().err
 
 
+def no_engine(_: Path) -> None:
+    raise AssertionError("work was begun")
+
+
+@pytest.fixture
+def arguments(folder, tmp_path, monkeypatch) -> list[str]:
+    """Of all commands that record, for an engine that must not be needed."""
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"stand-in")
+    monkeypatch.setattr(recording.Segmenter, "from_files", no_engine)
+    return ["--cases", str(folder), "--out", str(tmp_path / "out"), "--weights", str(weights)]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rounds", "1", "7"], "--rounds 7; accepted: 0 (the box round) to 5"),
+        (["--rounds", "-1"], "--rounds -1; accepted: 0"),
+        (["--objects", "0"], "--objects 0; accepted: 1 to 255"),
+        (["--document", "nowhere.md"], "No such file or directory: 'nowhere.md'"),
+        (["--document", __file__], "test_ablation.py: accepted: one line '<!-- ablation: begin"),
+        (["--out", __file__], "File exists"),
+    ],
+)
+def test_an_ablation_that_cannot_end_does_not_begin(arguments, tmp_path, capsys, more, message):
+    cache = tmp_path / "cache"
+    assert ablation.main([*arguments, "--cache", str(cache), *more]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not cache.exists() and not list(tmp_path.glob("out/*"))
+
+
+def test_box_rounds_of_cases_without_boxes_make_no_tables(tmp_path, arguments, monkeypatch, capsys):
+    cases = tmp_path / "boxless"
+    cases.mkdir()
+    write_npz(cases / "CT_set_1.npz", challenge_case((12, 30, 28), 1, boxes=False))
+    monkeypatch.setattr(recording.Segmenter, "from_files", lambda _: StandIn())
+    words = [*arguments, "--cases", str(cases), "--cache", str(tmp_path / "cache")]
+    assert ablation.main([*words, "--rounds", "0"]) == 2
+    assert "--rounds 0: no case has boxes; accepted: also 1 to 5" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("option", "number", "accepted"),
+    [
+        ("--objects", 0, "1 to 255"),
+        ("--objects", 256, "1 to 255"),
+        ("--click-rounds", 9, "0 to 5"),
+        ("--click-rounds", -1, "0 to 5"),
+        ("--per-modality", 0, "at least 1"),
+        ("--without-boxes-every", 0, "at least 1"),
+    ],
+)
+def test_numbers_out_of_range_record_nothing(arguments, tmp_path, capsys, option, number, accepted):
+    assert recording.main([*arguments, option, str(number)]) == 2
+    assert capsys.readouterr().err == f"error: {option} {number}; accepted: {accepted}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_recording_needs_a_thread(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        recording.main([*arguments, "--threads", "0"])
+    assert "--threads 0; accepted: at least 1" in capsys.readouterr().err
+
+
 def test_records_are_plain(folder, tmp_path):
     record = recording.RecordedCase("CT_set_3.npz", (1,), {})
     save_record(tmp_path / "CT_set_3.npz", record)
