@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--objects", type=int, default=255, metavar="N", help="most classes of a case")
     options = parser.parse_args(arguments)
     try:
+        options.out.mkdir(parents=True, exist_ok=True)
         weights = find_weights(options.weights)
         records = record_folder(
             options.cases, options.cache, weights=weights, objects=options.objects
@@ -112,7 +113,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = modality_of(record.name)
             counts[name] = counts.get(name, 0) + count_case(record, case)
         rows = reliability_rows(counts)
-        options.out.mkdir(parents=True, exist_ok=True)
         write_csv(options.out / "reliability.csv", rows)
         write_report(options.out / "report.html", list_runs(options.out), {})
     except (ValueError, OSError) as error:

@@ -81,3 +81,7 @@ def test_the_command_writes_the_table_and_the_page(
     assert "Reliability of probabilities" in page and "<svg" in page
     assert main([*arguments[:1], str(tmp_path / "none"), *arguments[2:]]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+    monkeypatch.setattr(recording.Segmenter, "from_files", None)  # no work before the refusal
+    arguments = ["--cases", str(cases), "--cache", str(tmp_path / "other"), "--out", __file__]
+    assert main(arguments) == 2
+    assert "File exists" in capsys.readouterr().err
