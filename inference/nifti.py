@@ -6,15 +6,14 @@
 IMAGE is whatever SimpleITK reads (NIfTI, NRRD, MHA, ...) or a folder with a DICOM series. A case
 holds axial slices, the way scanners store them: the volume is turned to the LPS orientation (x to
 the left, y to the back, z to the head) by permuting and flipping axes. Nothing is resampled, so
-label maps turn back exactly. The only module that imports SimpleITK, and only when it is used.
+label maps turn back exactly.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from inference.case import MAX_CLASSES
 from inference.intensities import CT_WINDOWS, PERCENTILES, to_uint8
-from inference.nifti_integrity import check_whole
+from inference.nifti_files import check_output, read_volume, write_volume
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
 from inference.predict import run_program
@@ -36,76 +35,7 @@ if TYPE_CHECKING:
 AXIAL = "LPS"
 """Orientation of a case: its x to the left, y to the back, z to the head."""
 
-_UNEVEN = 0.05  # of the distance of slices
 _TOLERANCE = 1e-3  # mm, and of direction cosines: headers hold float32
-
-
-def read_volume(path: Path | str, series: str | None = None) -> sitk.Image:
-    """Read a 3D scalar volume, as it lies in the file.
-
-    Args:
-        path: an image file, or a folder that holds a DICOM series.
-        series: which series (its UID) of a folder that holds several.
-
-    Raises:
-        ValueError: if it cannot be read or is no 3D scalar volume; one line.
-    """
-    import SimpleITK as sitk
-
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    try:
-        str(path).encode()  # ITK would end the process
-    except UnicodeEncodeError:
-        name = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise ValueError(f"{name}: accepted: names in UTF-8") from None
-    check_whole(path)
-    try:
-        image = _read_series(path, series) if path.is_dir() else sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{path}: cannot be read as an image ({reason})") from None
-    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
-        image = image[:, :, :, 0]
-    components = image.GetNumberOfComponentsPerPixel()
-    if image.GetDimension() != 3 or components != 1 or "complex" in image.GetPixelIDTypeAsString():
-        raise ValueError(
-            f"{path}: received {image.GetPixelIDTypeAsString()} of size {image.GetSize()} with "
-            f"{components} components; accepted: one real number a voxel, 3D"
-        )
-    return image
-
-
-def _read_series(folder: Path, series: str | None) -> sitk.Image:
-    """A DICOM series; refused where slices are missing, which ITK would spread over the others."""
-    import SimpleITK as sitk
-
-    # Warnings go to stderr past Python; what they are about is refused below.
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    found = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if series is None and len(found) == 1:
-        series = found[0]
-    if series not in found:
-        received = f"series {series}" if series else f"{len(found)} DICOM series"
-        choice = f" (choose one of {', '.join(found)})" if found else ""
-        raise ValueError(f"{folder}: received {received}; accepted: one DICOM series{choice}")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
-    positions = []
-    reader = sitk.ImageFileReader()
-    for name in files:
-        reader.SetFileName(name)
-        reader.ReadImageInformation()
-        positions.append(reader.GetOrigin()[:3])
-    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-    if steps.size and np.ptp(steps) > _UNEVEN * np.median(steps):
-        widest = int(steps.argmax())
-        raise ValueError(
-            f"{folder}: received slices {np.median(steps):g} mm apart, but {steps[widest]:g} mm "
-            f"between {Path(files[widest]).name} and {Path(files[widest + 1]).name}; accepted: "
-            "evenly spaced slices (are some missing?)"
-        )
-    return sitk.ReadImage(files)
 
 
 def to_case(
@@ -322,6 +252,8 @@ def _window(text: str) -> tuple[float, float]:
         return CT_WINDOWS[text]
     try:
         width, level = map(float, text.split(","))
+        if not math.isfinite(width) or not math.isfinite(level):
+            raise ValueError
     except ValueError:
         names = ", ".join(CT_WINDOWS)
         raise argparse.ArgumentTypeError(f"{text!r} is neither {names} nor W,L") from None
@@ -345,6 +277,8 @@ def _to_npz(options: argparse.Namespace) -> None:
     labels = read_volume(options.labels) if options.labels else None
     clicks = [_click(words) for words in options.click]
     case = to_case(image, options.window, labels, options.box, clicks)
+    if not {"boxes", "clicks"} & set(case):
+        print(f"{options.case}: nothing to segment in it yet (--labels, --box)", file=sys.stderr)
     options.case.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.case) as file:
         np.savez_compressed(file, allow_pickle=True, **case)
@@ -358,6 +292,7 @@ def _to_npz(options: argparse.Namespace) -> None:
 
 
 def _to_nifti(options: argparse.Namespace) -> None:
+    check_output(options.out, options.image)
     source = read_volume(options.image, options.series)
     with NpzFile(options.segs) as arrays:
         if "segs" not in arrays:
@@ -372,19 +307,8 @@ def _to_nifti(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.segs}: received {kind}; accepted: whole numbers 0 to 255")
     image = to_image(labels, source)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(image, options.out)
+    write_volume(image, options.out, options.image)
     print(f"{options.out}: {image.GetSize()} (x,y,z), {int(labels.max())} classes")
-
-
-def _write_whole(image: sitk.Image, out: Path) -> None:
-    """Write an image file, or the two of a format that has a header of its own, whole or not."""
-    import SimpleITK as sitk
-
-    with tempfile.TemporaryDirectory(prefix=".", dir=out.parent) as folder:
-        sitk.WriteImage(image, str(Path(folder, out.name)), useCompression=True)
-        written = sorted(Path(folder).iterdir(), key=lambda path: path.name == out.name)
-        for path in written:  # a header last: it names the other one
-            path.replace(out.parent / path.name)
 
 
 if __name__ == "__main__":

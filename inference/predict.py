@@ -305,6 +305,7 @@ def _progress(paths: list[Path]) -> tuple[Iterable[Path], Callable[[str, TextIO]
 
 def write_line(line: str, stream: TextIO | None) -> None:
     """Print a line; where it cannot be (nobody reads, the disk is full), go on in silence."""
+    line = "".join(c if c.isprintable() else "?" for c in line)  # a name may hold a line's end
     if stream is None:  # closed before the start; print would take stdout for it
         return
     try:

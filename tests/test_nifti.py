@@ -15,11 +15,11 @@ import SimpleITK as sitk
 from inference.case import Click, load_case, parse_case
 from inference.nifti import (
     main,
-    read_volume,
     to_case,
     to_image,
 )
-from inference.nifti_integrity import check_whole
+from inference.nifti_files import read_volume
+from inference.nifti_header import check_whole
 from inference.object_prompts import stored_box
 from inference.output import save_segmentation
 from tests.phantoms import challenge_case

@@ -19,10 +19,10 @@ from inference.intensities import to_uint8
 from inference.nifti import (
     axial_labels,
     orientation_of,
-    read_volume,
     renumbered,
     to_case,
 )
+from inference.nifti_files import read_volume
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
 from training.box_padding import box_padding
