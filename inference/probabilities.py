@@ -49,7 +49,8 @@ class Probabilities:
         ``regions`` (N, 7) int32: label, then first and one past the last voxel (z, y, x) of the
         cut-out that the label's arrays cover; beyond it the probability is 0.
         ``probability_K`` (d, h, w) uint8, 255 for certain: class K as the network and the clicks
-        have it, before post-processing and before classes compete.
+        have it and intensities tell it from the others, before post-processing and before one of
+        several gets a voxel.
         ``outline_K`` (d, h, w) uint8: 0 but at the voxels on the inside of class K's outline,
         where it is how far the outline moves, in tenths of a millimetre, at least 1 and at most
         255, if the network's log-odds were one off.

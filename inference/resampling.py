@@ -210,7 +210,8 @@ def to_tensor(voxels: NDArray[np.generic], device: torch.device | str = "cpu") -
     if voxels.dtype not in (np.uint8, np.float32):
         voxels = voxels.astype(np.float32)
     voxels = np.ascontiguousarray(voxels)
-    if min(voxels.strides, default=0) < 0:  # of an axis of one voxel, turned round
+    # Strides below 0 are of an axis of one voxel, turned round.
+    if min(voxels.strides, default=0) < 0 or not voxels.flags.writeable:
         voxels = voxels.copy()
     tensor = torch.from_numpy(voxels)
     if torch.device(device).type == "cuda":

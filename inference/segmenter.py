@@ -148,7 +148,7 @@ class Segmenter:
     def segment(
         self, objects: Sequence[ObjectPrompts], previous: NDArray[np.uint8] | None = None
     ) -> Iterator[ObjectLogits]:
-        """Segment objects of the image, each by itself but for clicks: those on others count, too.
+        """Segment objects of the image, each by itself but for the clicks on and boxes of others.
 
         Args:
             objects: what is known of each.

@@ -71,6 +71,13 @@ def test_any_real_dtype_becomes_float32(dtype: type) -> None:
     np.testing.assert_array_equal(tensor[0].numpy(), voxels.astype(np.float32))
 
 
+def test_a_read_only_volume_is_taken_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    voxels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    voxels.setflags(write=False)
+    assert np.array_equal(to_tensor(voxels)[0].numpy(), voxels)
+    assert not recwarn.list
+
+
 def test_thin_layers_keep_their_volume_and_a_block_its_half() -> None:
     block = torch.zeros(40, 40, 40)
     block[5:35, 5:35, 5:35] = 1
