@@ -1,12 +1,13 @@
 """Objects of one case tell each other apart by their intensities.
 
 Networks see one object at a time and know of the others only their boxes and where users clicked on
-them. Put side by side, the objects say more: a first label map gives each of them, and all that lies between them,
-a histogram of intensities, and a voxel rare in one of them and common outside speaks against it.
-Tissue segmentation iterates such steps (Wells et al. 1996, Ashburner and Friston 2005); here is
-one, and the networks' logits are its spatial prior. Clicks are samples of an object that no wrong
-mask can spoil. Tissues that share a box come apart by it; objects that look like their surroundings
-stay as they were: intensities count as far as they depend on which object a voxel is of.
+them. Put side by side, the objects say more: a first label map gives each of them, and all that
+lies between them, a histogram of intensities, and a voxel rare in one of them and common outside
+speaks against it. Tissue segmentation iterates such steps (Wells et al. 1996, Ashburner and Friston
+2005); here is one, and the networks' logits are its spatial prior. Clicks are samples of an object
+that no wrong mask can spoil. Tissues that share a box come apart by it; objects that look like
+their surroundings stay as they were: intensities count as far as they depend on which object a
+voxel is of.
 """
 
 from __future__ import annotations
