@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import heapq
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.model.weights import find_weights, sha256_of
+from inference.whole_file import replacing
 from training.case_statistics import DescribedCase, describe_folder
 
 SIZES = ("small", "medium", "large")
@@ -231,9 +231,8 @@ def write_case_list(path: Path, chosen: Sequence[Choice], facts: dict[str, objec
             for c in sorted(chosen, key=lambda c: c.name)
         ],
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_case_list(path: Path) -> list[str]:

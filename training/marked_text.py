@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from inference.whole_file import replacing
 
 
 def split_marked(path: Path, begin: str, end: str) -> tuple[str, str]:
@@ -28,6 +29,5 @@ def replace_marked(path: Path, begin: str, end: str, markdown: str) -> None:
         OSError: it cannot be read or written.
     """
     before, after = split_marked(path, begin, end)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    temporary.write_text(f"{before}{begin}\n\n{markdown}\n\n{end}{after}", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(f"{before}{begin}\n\n{markdown}\n\n{end}{after}".encode())

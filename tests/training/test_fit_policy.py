@@ -43,7 +43,10 @@ def test_the_table_is_written_whole_or_not_at_all(
 ) -> None:
     monkeypatch.setattr(recording.Segmenter, "from_files", lambda _: StandIn())
     out = tmp_path / "policy.toml"
+    assert fit_policy.main([*arguments, "--out", str(out)]) == 0
+    assert load_policy(out).rules
     out.write_text("mine", encoding="utf-8")
+    capsys.readouterr()
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -56,5 +59,3 @@ def test_the_table_is_written_whole_or_not_at_all(
     assert "format = 1" in said.out
     assert out.read_text(encoding="utf-8") == "mine"
     assert not list(tmp_path.glob(".*"))
-    assert fit_policy.main([*arguments, "--out", str(out)]) == 0
-    assert load_policy(out).rules

@@ -27,6 +27,7 @@ from inference.model.weights import find_weights, sha256_of
 from inference.policy import modality_of
 from inference.refinement import ObjectLogits, merge
 from inference.segmenter import Segmenter
+from inference.whole_file import replacing
 from training.evaluation.label_map import LabelMap
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.metrics import CLICK_ROUNDS
@@ -125,10 +126,8 @@ def save_record(path: Path, record: RecordedCase) -> None:
             if prompts.box is not None:
                 box = prompts.box
                 arrays[f"{key}.box"] = np.array([*box.start, *box.stop, box.middle], np.int64)
-    part = path.with_name(f".{path.name}")
-    with part.open("wb") as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)
-    part.replace(path)
 
 
 def load_record(path: Path) -> RecordedCase:

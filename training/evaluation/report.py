@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from inference.whole_file import replacing
 from training.evaluation import figures
 from training.evaluation.ablation_table import ablation_tables
 from training.evaluation.comparison import Difference
@@ -73,9 +74,8 @@ def write_report(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    part = path.with_name(f".{path.name}")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    with replacing(path) as file:
+        file.write(page.encode())
 
 
 def _introduction(results: Mapping[str, Sequence[CaseResult]]) -> str:

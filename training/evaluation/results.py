@@ -7,8 +7,8 @@ run continues from these files, and everything else is made from them.
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.whole_file import replacing
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.protocol import CaseResult, official_row
 
@@ -58,7 +59,8 @@ class RunFolder:
                     f"{self._cases} holds a run with other settings ({changes}); accepted: the "
                     "same settings, another --out or --name, or --force to start over"
                 )
-        _write(self._settings, json.dumps(settings, indent=1).encode())
+        with replacing(self._settings) as file:
+            file.write(json.dumps(settings, indent=1).encode())
 
     def _forget(self) -> None:
         """Remove the cases done, the settings last: where they are gone no case is left."""
@@ -94,13 +96,11 @@ class RunFolder:
 
     def save(self, result: CaseResult, segs: NDArray[np.uint8]) -> None:
         """Keep a finished case."""
-        final = self._segs(result.name)
-        part = final.with_name(f".{final.name}")
-        with part.open("wb") as file:
+        with replacing(self._segs(result.name)) as file:
             np.savez_compressed(file, segs=segs)
-        part.replace(final)
         # Last: a case whose JSON exists is done.
-        _write(self._json(result.name), json.dumps(result.to_json()).encode())
+        with replacing(self._json(result.name)) as file:
+            file.write(json.dumps(result.to_json()).encode())
 
     def load(self, name: str, sources: Sequence[Path] = ()) -> CaseResult | None:
         """A finished case, or None, also where one of its sources was written since."""
@@ -169,15 +169,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys; floats in full, so that reading gives them back exactly."""
-    part = path.with_name(f".{path.name}")
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(content)
-    part.replace(path)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as file:
+        file.write(table.getvalue().encode())
