@@ -24,6 +24,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pool": {"cases": total, "objects": len(pool.owner), "sha256": _digest(pool)},
         }
         write_case_list(options.out, chosen, facts)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenProcessPool) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     from training.coverage import coverage_table

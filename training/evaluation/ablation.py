@@ -21,6 +21,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_report(options.out / "report.html", list_runs(options.out), {})
         if options.document is not None:
             replace_marked(options.document, BEGIN, END, f"{head}\n\n{digest(table)}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"\n{text}")

@@ -97,6 +97,7 @@ class Command:
                 place.mkdir()
                 place.chmod(0o777)  # a container's user is another
             np.savez_compressed(inputs / name, allow_pickle=True, **arrays)
+            (inputs / name).chmod(0o644)  # whatever the umask
             words = [
                 word.replace("{inputs}", str(inputs)).replace("{outputs}", str(outputs))
                 for word in shlex.split(self._command)

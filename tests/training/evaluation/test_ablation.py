@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +312,16 @@ def test_box_rounds_of_cases_without_boxes_make_no_tables(tmp_path, arguments, m
     assert ablation.main([*words, "--rounds", "0"]) == 2
     assert "--rounds 0: no case has boxes; accepted: also 1 to 5" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_process_that_dies_is_told_in_a_line(tmp_path, arguments, monkeypatch, capsys):
+    def die(*_: object) -> None:
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly.")
+
+    monkeypatch.setattr(recording.Segmenter, "from_files", lambda _: StandIn())
+    monkeypatch.setattr(ablation, "run_tasks", die)
+    assert ablation.main([*arguments, "--cache", str(tmp_path / "cache")]) == 2
+    assert capsys.readouterr().err.startswith("error: A process in the process pool")
 
 
 @pytest.mark.parametrize(

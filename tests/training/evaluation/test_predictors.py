@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import textwrap
@@ -29,6 +30,7 @@ from training.evaluation.protocol import official_row, run_case
 CHECKOUT = Path(__file__).resolve().parents[3]
 
 OBEDIENT = f"""
+import os
 import sys
 sys.path.insert(0, {str(CHECKOUT)!r})
 from pathlib import Path
@@ -115,6 +117,16 @@ def test_predict_sh_scores_as_the_segmenter_does(tmp_path, monkeypatch):
 def test_commands_that_fail(tmp_path, arrays, text, message):
     with pytest.raises(PredictionError, match=message):
         Command(script(tmp_path, text))(arrays, "CT_case.npz")
+
+
+def test_a_case_can_be_read_by_a_containers_user_whatever_the_umask(tmp_path, arrays):
+    text = "import os, sys\nprint(oct(os.stat(sys.argv[1] + '/CT_case.npz').st_mode))"
+    before = os.umask(0o077)
+    try:
+        with pytest.raises(PredictionError, match="written: 0o100644"):
+            Command(script(tmp_path, text))(arrays, "CT_case.npz")
+    finally:
+        os.umask(before)
 
 
 def test_a_result_counts_whatever_the_exit_status(tmp_path, arrays):
