@@ -13,7 +13,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _CHUNK_BYTES = 1 << 20
 #: Offset and format of dim, bitpix and vox_offset by the header's size: NIfTI-1 and NIfTI-2
@@ -71,7 +71,8 @@ def copy_transforms(source: Path, written: Path) -> None:
     """
     if not all(path.name.lower().endswith(_ENDINGS) for path in (source, written)):
         return
-    fields = _unpacked(_header_and_size(source)[0], _TRANSFORMS)
+    with _opened(source) as stream:
+        fields = _unpacked(stream.read(_LARGEST_HEADER), _TRANSFORMS)
     content = written.read_bytes()
     compressed = content[:2] == b"\x1f\x8b"
     changed = bytearray(gzip.decompress(content) if compressed else content)
@@ -83,24 +84,28 @@ def copy_transforms(source: Path, written: Path) -> None:
     written.write_bytes(gzip.compress(changed, 6, mtime=0) if compressed else changed)
 
 
-def _header_and_size(path: Path) -> tuple[bytes, int]:
-    """The first bytes of a file that may be compressed, and how many there are in all."""
+def _opened(path: Path) -> BinaryIO | gzip.GzipFile:
+    """A file that may be compressed, whatever its name."""
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
-    if not compressed:
-        with path.open("rb") as file:
-            return file.read(_LARGEST_HEADER), path.stat().st_size
+    return gzip.open(path) if compressed else path.open("rb")
+
+
+def _header_and_size(path: Path) -> tuple[bytes, int]:
+    """The first bytes of a file and how many there are in all, once decompressed."""
     try:
-        with gzip.open(path) as stream:
+        with _opened(path) as stream:
             header = stream.read(_LARGEST_HEADER)
+            if not isinstance(stream, gzip.GzipFile):
+                return header, path.stat().st_size
             size = len(header)
             while chunk := stream.read(_CHUNK_BYTES):
                 size += len(chunk)
+            return header, size
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(
             f"{path}: received damaged gzip data ({error}); accepted: a whole file"
         ) from None
-    return header, size
 
 
 def _unpacked(header: bytes, fields: dict[int, Any]) -> list[tuple[Any, ...]] | None:
