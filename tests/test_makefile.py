@@ -33,6 +33,8 @@ def start_make(folder: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         encoding="utf-8",
         start_new_session=True,
+        # Where tests run in a shell's background Ctrl-C is ignored, and would be here.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
