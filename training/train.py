@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from inference.memory import is_out_of_memory, keep_freed_memory
+from inference.whole_file import replacing
 from training.checkpoint import build_network
 from training.config import Config
 from training.coreset import read_case_list
@@ -102,8 +103,8 @@ def _train(options: argparse.Namespace, config: Config, world: World) -> None:
         say(f"going on from step {trainer.step}", flush=True)
     if world.first:
         options.out.mkdir(parents=True, exist_ok=True)
-        written = options.out / "config.yaml"
-        written.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        with replacing(options.out / "config.yaml") as file:
+            file.write(yaml.safe_dump(config.to_dict(), sort_keys=False).encode())
     world.wait()
     trainer.run(options.max_steps)
 

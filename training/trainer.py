@@ -245,7 +245,11 @@ class Trainer:
             raise ValueError(
                 f"{path}: of another {self.config.network}, {other}; accepted: {accepted}"
             )
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:  # of another version, configured alike
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: of another {self.config.network}: {reason}") from None
         for name, value in state["average"].items():
             self.average[name].copy_(value)
         # Earlier checkpoints knew one optimiser.

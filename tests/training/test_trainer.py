@@ -166,6 +166,11 @@ def test_a_checkpoint_of_another_network_is_refused(folder: Path, tmp_path: Path
     shown = {"refiner": {"channels": [16, 16], "blocks": [1, 1], "window": 16, "coarse": True}}
     with pytest.raises(ValueError, match=r"'coarse': False.* accepted: .*'coarse': True"):
         _trainer(folder, tmp_path / "shown", **shown).resume(tmp_path / "run" / "checkpoint.pt")
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    del state["model"][next(iter(state["model"]))]
+    torch.save(state, tmp_path / "earlier.pt")
+    with pytest.raises(ValueError, match=r"of another refiner: .*Missing key"):
+        _trainer(folder, tmp_path / "run").resume(tmp_path / "earlier.pt")
     torch.save({"some": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no checkpoint of a run"):
         _trainer(folder, tmp_path / "run").resume(tmp_path / "other.pt")
