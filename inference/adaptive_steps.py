@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from inference.case import ObjectPrompts
 from inference.geometry import Triple
+from inference.logits import Logits, expected_dice, probability
+from inference.neighbours import dilated, shut_in
 from inference.refinement import SURE, ObjectLogits
 
-Logits = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 #: Logit of a voxel that a step adds or, negative, takes away: enough to be in or out, too little to
@@ -141,14 +142,6 @@ def apply_step(name: str, logits: Logits, region: Region, amount: float) -> Logi
     return result
 
 
-def expected_dice(logits: Logits) -> float:
-    """The Dice the network expects of its mask, 0..1: soft Dice of probabilities and mask."""
-    probability = _probability(logits)
-    mask = logits > 0
-    total = float(probability.sum(dtype=np.float64)) + np.count_nonzero(mask)
-    return 2 * float(probability[mask].sum(dtype=np.float64)) / total if total else 0.0
-
-
 def _threshold(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask:
     """Cut where the expected Dice is best; ``amount`` 1 goes all the way there from one half."""
     cut = 0.5 - amount * (0.5 - expected_dice(logits) / 2)
@@ -189,7 +182,7 @@ def _cavities(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask
     components, count = cc3d.connected_components(
         (~mask).view(np.uint8), connectivity=6, return_N=True
     )
-    enclosed = _enclosed(components, count)
+    enclosed = shut_in(components, count)
     voxels = cc3d.statistics(components, no_slice_conversion=True)["voxel_counts"]
     enclosed &= voxels <= amount * np.count_nonzero(mask)
     filled: Mask = mask | enclosed[components]
@@ -213,7 +206,7 @@ def _smooth(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask:
 
     sigma = region.reach(amount, mask)
     blurred = ndimage.gaussian_filter(
-        _probability(logits), sigma, mode="nearest", truncate=_MASS_BEYOND
+        probability(logits), sigma, mode="nearest", truncate=_MASS_BEYOND
     )
     after: Mask = blurred > 0.5
     z, y, x = (round(_HALF_WIDTH * s) for s in sigma)
@@ -255,7 +248,7 @@ def _guard(before: Mask, after: Mask, region: Region) -> None:
     background, count = cc3d.connected_components(
         (~before).view(np.uint8), connectivity=6, return_N=True
     )
-    enclosed = _enclosed(background, count)
+    enclosed = shut_in(background, count)
     for click in region.negative:
         number = background[click]
         if number and enclosed[number]:
@@ -273,34 +266,3 @@ def _keep_clicked_gaps(before: Mask, after: Mask, region: Region) -> None:
     pieces = cc3d.connected_components(added.view(np.uint8), connectivity=26)
     for click in clicks:
         after[pieces == pieces[click]] = False
-
-
-def _enclosed(background: NDArray[np.unsignedinteger], count: int) -> NDArray[np.bool_]:
-    """(count + 1,) which components of the background do not touch the cut-out's faces."""
-    enclosed = np.ones(count + 1, bool)
-    enclosed[0] = False
-    for axis in range(3):
-        for side in (0, -1):
-            enclosed[background.take(side, axis)] = False
-    return enclosed
-
-
-def dilated(mask: Mask, reach: Triple) -> Mask:
-    """Dilation of a (d, h, w) mask by a cuboid of ``reach`` voxels to every side, axis by axis."""
-    for axis, steps in enumerate(reach):
-        done = 0
-        while done < steps:
-            step = min(done + 1, steps - done)  # by a longer one, places between would be missed
-            before, after = [slice(None)] * 3, [slice(None)] * 3
-            before[axis], after[axis] = slice(None, -step), slice(step, None)
-            low, high = tuple(before), tuple(after)
-            grown = mask.copy()
-            grown[high] |= mask[low]
-            grown[low] |= mask[high]
-            mask, done = grown, done + step
-    return mask
-
-
-def _probability(logits: Logits) -> NDArray[np.float32]:
-    negative = np.negative(logits).clip(-30, 30)
-    return np.asarray(1 / (1 + np.exp(negative)), np.float32)

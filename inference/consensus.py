@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.logits import probability
 from inference.refinement import ObjectLogits, hull
 
 #: Logit below which a look has nothing to say about a voxel.
@@ -41,8 +42,7 @@ def consensus(looks: Sequence[ObjectLogits], weights: Sequence[float]) -> Object
     mean = np.zeros([b - a for a, b in zip(low, high, strict=True)], np.float32)
     for look, weight in zip(looks, weights, strict=True):
         if look.logits.size:
-            # The logistic function; SciPy's costs each start 0.2 s of imports.
-            mean[look.place_in(low)] += weight * (1 + np.tanh(look.logits / 2)) / 2
+            mean[look.place_in(low)] += weight * probability(look.logits)
     mean /= sum(weights)
     threshold = best_threshold(mean)
     np.clip(mean, 1e-6, 1 - 1e-6, out=mean)
@@ -51,18 +51,18 @@ def consensus(looks: Sequence[ObjectLogits], weights: Sequence[float]) -> Object
     return ObjectLogits(label, low, mean)
 
 
-def best_threshold(probability: NDArray[np.float32]) -> float:
+def best_threshold(probabilities: NDArray[np.float32]) -> float:
     """The threshold whose mask has the largest expected Dice, 0.1 to 0.5.
 
     The expected Dice of a mask M is taken to be 2 sum_M p / (|M| + sum p), exact but for the
     covariance of numerator and denominator, which for masks of many voxels does not matter.
 
     Args:
-        probability: any shape, 0..1.
+        probabilities: any shape, 0..1.
     """
-    bins = (probability.ravel() * _BINS).astype(np.int16)
+    bins = (probabilities.ravel() * _BINS).astype(np.int16)
     counts = np.bincount(bins, minlength=_BINS + 1)
-    sums = np.bincount(bins, probability.ravel(), minlength=_BINS + 1)
+    sums = np.bincount(bins, probabilities.ravel(), minlength=_BINS + 1)
     taken, probable = np.cumsum(counts[::-1])[::-1], np.cumsum(sums[::-1])[::-1]
     expected = 2 * probable / (taken + probable[0] + 1e-9)
     first, last = int(_LEAST * _BINS), _BINS // 2

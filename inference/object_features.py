@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import cc3d
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.adaptive_steps import Logits, Mask, Region, expected_dice
+from inference.adaptive_steps import Mask, Region
+from inference.logits import Logits, expected_dice
+from inference.neighbours import pairs
 
 _SHELL = 2  # voxels on either side of the boundary in which intensities are compared
 _MOST_CONTRAST = 100.0  # of a noiseless image
@@ -113,19 +114,12 @@ def _grown(mask: Mask) -> Mask:
     return grown
 
 
-def _pairs(array: NDArray[Any], axis: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Views of the first and the second voxel of all face neighbours along an axis."""
-    before, after = [slice(None)] * 3, [slice(None)] * 3
-    before[axis], after[axis] = slice(None, -1), slice(1, None)
-    return array[tuple(before)], array[tuple(after)]
-
-
 def _sphericity(mask: Mask, spacing: tuple[float, float, float], volume: float) -> float:
     """Area of the ball of the mask's volume over the area of the mask's faces."""
     area = 0.0
     for axis in range(3):
-        first, second = _pairs(mask, axis)
-        faces = int(np.count_nonzero(first != second))
+        low, high = pairs(3, axis)
+        faces = int(np.count_nonzero(mask[low] != mask[high]))
         faces += sum(int(np.count_nonzero(mask.take(side, axis))) for side in (0, -1))
         area += faces * math.prod(spacing) / spacing[axis]
     return float(math.pi ** (1 / 3) * (6 * volume) ** (2 / 3) / area)
@@ -142,15 +136,13 @@ def _edge(
     deviation = math.sqrt((float(inside.var()) + float(outside.var())) / 2)
     step, faces, square, neighbours = 0.0, 0, 0.0, 0
     for axis in range(3):
-        low, high = _pairs(image, axis)
-        change = high - low
-        first, second = _pairs(mask, axis)
-        entering = second & ~first
-        leaving = first & ~second
+        low, high = pairs(3, axis)
+        change = image[high] - image[low]
+        entering = mask[high] & ~mask[low]
+        leaving = mask[low] & ~mask[high]
         step += float(change[entering].sum()) - float(change[leaving].sum())
         faces += int(np.count_nonzero(entering) + np.count_nonzero(leaving))
-        one, other = _pairs(inner, axis)
-        within = change[one & other]
+        within = change[inner[low] & inner[high]]
         square += float(np.square(within).sum())
         neighbours += within.size
     noise = math.sqrt(square / (2 * neighbours)) if neighbours else 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.neighbours import pairs
 from inference.whole_file import replacing
 
 PANEL_PIXELS = 384
@@ -127,13 +128,11 @@ def _outline(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Labelled pixels within one pixel of another label, drawn two pixels wide."""
     edge = np.zeros(labels.shape, bool)
     for axis in (0, 1):
-        first = [slice(None), slice(None)]
-        second = [slice(None), slice(None)]
         for step in (1, 2):
-            first[axis], second[axis] = slice(step, None), slice(None, -step)
-            differ = labels[tuple(first)] != labels[tuple(second)]
-            edge[tuple(first)] |= differ
-            edge[tuple(second)] |= differ
+            low, high = pairs(2, axis, step)
+            differ = labels[low] != labels[high]
+            edge[low] |= differ
+            edge[high] |= differ
     return edge & (labels > 0)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from inference.adaptive_steps import dilated
+from inference.neighbours import dilated, shut_in
 
 MINIMUM_VOXELS = 64
 SIGMA_VOXELS = 0.8
@@ -151,11 +151,7 @@ def fill_holes(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     _check(mask, "b")
     filled = mask.copy()
     components, count = cc3d.connected_components(~mask, connectivity=6, return_N=True)
-    is_hole = np.ones(count + 1, bool)
-    is_hole[0] = False
-    for axis in range(3):
-        for side in (0, -1):
-            is_hole[components.take(side, axis)] = False
+    is_hole = shut_in(components, count)
     if is_hole.any():
         for plane, numbers in zip(filled, components, strict=True):
             plane |= is_hole[numbers]

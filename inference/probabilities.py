@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.logits import probability
+from inference.neighbours import pairs
 from inference.refinement import ObjectLogits
 
 _TENTHS = 10.0  # steps of the outline's uncertainty a millimetre
@@ -34,11 +36,10 @@ class Probabilities:
             yield result
 
     def _note(self, result: ObjectLogits) -> None:
-        logits = result.logits.clip(-30, 30)
         stop = (a + n for a, n in zip(result.start, result.logits.shape, strict=True))
         self._regions[result.label] = (result.label, *result.start, *stop)
-        probability = np.rint(255 / (1 + np.exp(-logits))).astype(np.uint8)
-        self._arrays[f"probability_{result.label}"] = probability
+        of_255 = np.rint(255 * probability(result.logits)).astype(np.uint8)
+        self._arrays[f"probability_{result.label}"] = of_255
         moves = outline_uncertainty_mm(result.logits, self._spacing_mm)
         tenths = np.minimum(np.ceil(moves * _TENTHS), 255).astype(np.uint8)
         self._arrays[f"outline_{result.label}"] = tenths
@@ -85,9 +86,7 @@ def outline_uncertainty_mm(
     for axis, spacing in enumerate(spacing_mm):
         if logits.shape[axis] < 2:
             continue
-        before, after = [slice(None)] * 3, [slice(None)] * 3
-        before[axis], after[axis] = slice(None, -1), slice(1, None)
-        low, high = tuple(before), tuple(after)
+        low, high = pairs(3, axis)
         # The steeper of the two sides: across the outline, not along it.
         change = np.abs(clipped[high] - clipped[low]) / np.float32(spacing)
         differs = mask[high] != mask[low]

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from inference.adaptive_steps import STEPS, Region, apply_step, dilated, expected_dice
+from inference.adaptive_steps import STEPS, Region, apply_step
 from inference.case import Box, Click, ObjectPrompts
+from inference.logits import expected_dice
 from inference.refinement import SURE, ObjectLogits, honour_clicks
 
 EVERYWHERE = np.ones((3, 3, 3))
@@ -281,15 +282,6 @@ def test_amounts_are_above_zero(amount):
 def test_unknown_steps_are_refused():
     with pytest.raises(ValueError, match=r"'polish'.*threshold, trim"):
         apply_step("polish", ball(3), ISOTROPIC, 1)
-
-
-@settings(max_examples=60)
-@given(st.tuples(*[st.integers(1, 12)] * 3), st.tuples(*[st.integers(0, 15)] * 3))
-def test_dilation_is_by_a_cuboid(shape, reach):
-    mask = np.random.default_rng(0).random(shape) < 0.05
-    size = [2 * steps + 1 for steps in reach]
-    expected = ndimage.maximum_filter(mask.view(np.uint8), size, mode="constant") > 0
-    assert np.array_equal(dilated(mask, reach), expected)
 
 
 @pytest.mark.parametrize("step", STEPS)
