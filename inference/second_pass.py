@@ -21,6 +21,9 @@ _COARSE_CELL, _COARSE_CELL_OF_THICK = 1.25, 3.0
 _THICK = 2.4
 #: Edges of what is looked at in edges of what the first pass found, and in voxels at least.
 _AROUND, _LEAST = 1.25, 96
+#: Share of the first pass in what both find together: it sees more around the object, the second
+#: one sees it finer.
+FIRST_PASS = 1 / 3
 #: Edge of a tile in cells. One is enough where its cells are not longer than two voxels.
 _TILE, _FINE_CELL = 112, 2.0
 

@@ -40,7 +40,7 @@ from inference.refinement import (
     to_voxels,
 )
 from inference.resampling import transfer, window_cells
-from inference.second_pass import boundary_tiles, second_window, tile_edge
+from inference.second_pass import FIRST_PASS, boundary_tiles, second_window, tile_edge
 from inference.sliding_window import Tile, sliding_window
 
 Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
@@ -50,9 +50,6 @@ _CLOSER_COUNTS = 2.0
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 #: From this click on a mask without a box is large and small as its object is (likewise).
 _SIZE_KNOWN = 4
-#: Share of the first pass in what it and the second one find together: one sees more around the
-#: object, the other sees it finer (chosen on training cases).
-_FIRST_PASS = 1 / 3
 _TILES = 4  # of one object's second pass at most
 _TILES_PER_CASE = 100  # of all objects together, the challenge's time limit in view
 
@@ -353,7 +350,7 @@ class Segmenter:
         at_once = 1 if self.device.type == "cpu" else windows_at_once(self.device, edge**3)
         tiles = boundary_tiles(mask, inside, edge)
         second = sliding_window(tiles, lambda some: in_parts(predict, some), first, at_once)
-        return second.lerp_(first, _FIRST_PASS)
+        return second.lerp_(first, FIRST_PASS)
 
     @classmethod
     def from_files(

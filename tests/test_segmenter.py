@@ -257,7 +257,7 @@ def test_a_large_object_is_looked_at_again_at_the_volumes_resolution(
     objects = (ObjectPrompts(1, Box((16, 16, 16), (80, 80, 80), 48)),)
     case = Case("slit.npz", image, (1.0, 1.0, 1.0), objects)
     segmenter = _Threshold(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
-    monkeypatch.setattr("inference.segmenter._FIRST_PASS", 0)
+    monkeypatch.setattr("inference.segmenter.FIRST_PASS", 0)
     assert np.array_equal(segmenter.segment_case(case), truth)
     monkeypatch.setattr("inference.second_pass._TILE", 32)
     monkeypatch.setattr("inference.segmenter._TILES", 1)

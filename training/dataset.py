@@ -35,7 +35,7 @@ class Sample:
         inside: (D, H, W) bool, which cells lie in the volume. Beyond it the image goes on as its
             edge, and nobody knows whether the object does.
         prompts: a box, or a first click.
-        elsewhere: in cells, where the user clicks on other objects once this one is clicked on.
+        elsewhere: for each round to come, in cells, where the user clicks on other objects.
         beside: (D, H, W) uint8, other objects of the volume by numbers from 2 on, else 0; None
             where no other one has prompts.
         around: of a close look, the window in which the object was first looked at, or None.
@@ -48,7 +48,7 @@ class Sample:
     target: Tensor
     inside: Tensor
     prompts: WindowPrompts
-    elsewhere: tuple[Point, ...]
+    elsewhere: tuple[tuple[Point, ...], ...]
     beside: Tensor | None
     around: Surroundings | None
     cell: Point
@@ -169,7 +169,7 @@ class WindowDataset:
 
     def _beside(self, plan: Plan) -> Tensor | None:
         """Other objects in a plan's window, if objects side by side are told apart there."""
-        prompted = len(plan.others) or len(plan.elsewhere)
+        prompted = len(plan.others) or any(map(len, plan.elsewhere))
         if not self._config.tell_apart or not plan.label or not prompted:
             return None
         (labels,), _, _ = cut_windows(self.store, [plan], shown=False)
@@ -185,7 +185,7 @@ class WindowDataset:
         source = self.store.volumes[plan.volume].source
         if plan.kind in ("supervoxel", "shape"):
             source = f"Synthetic_{plan.kind}"
-        elsewhere = _outside(target, plan.elsewhere)
+        elsewhere = tuple(_outside(target, places) for places in plan.elsewhere)
         around = None if plan.around is None else self._surroundings(plan, plan.around)
         sample = Sample(
             image,
@@ -215,7 +215,9 @@ class WindowDataset:
                 self._config.click_slack,
             )
             assert click is not None
-            sample.prompts = WindowPrompts(clicks=(click,), elsewhere=elsewhere)
+            sample.prompts = WindowPrompts(
+                clicks=(click,), elsewhere=elsewhere[0] if elsewhere else ()
+            )
         return sample
 
 

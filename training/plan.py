@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inference.geometry import Window
 from training.config import Config
+from training.others import Cells
 from training.view import View, about_box, about_click, first_look, public_window, zoomed_window
 from training.volumes import LabelledVolume, Point, TrainingObject, VolumeStore, joined
 
@@ -49,7 +50,7 @@ class Plan:
         padding: of a box taken from the mask, in cells.
         around: of a close look at a part of the object: the first look at all of it.
         wide: whether it is a first look at the whole volume, which inference takes but once.
-        elsewhere: (n, 3) in cells, where the user clicks on other objects.
+        elsewhere: for each round to come, (n, 3) in cells, where the user clicks on other objects.
         others: (n, 2, 3) in cells, lower and upper edges of other objects' boxes.
         seed: of everything random that follows.
     """
@@ -69,7 +70,7 @@ class Plan:
     padding: Point
     around: Plan | None
     wide: bool
-    elsewhere: NDArray[np.float64]
+    elsewhere: tuple[NDArray[np.float64], ...]
     others: NDArray[np.float64]
     seed: int
 
@@ -234,7 +235,7 @@ class Planner:
             beside = [
                 o for o, k in zip(whole.objects, known, strict=True) if k and o.label not in own
             ]
-        cells = _Cells(scale @ turn, origin, edge)
+        cells = Cells(scale @ turn, origin, edge)
         if whole_window is not None:  # inference shows a close look all that is said in it
             cells = cells.within(whole_window, view)
         plan = Plan(
@@ -253,7 +254,7 @@ class Planner:
             (z, y, x),
             None,
             wide,
-            cells.clicks(beside, chance, deepest=not boxed),
+            cells.clicks(beside, chance, config.rounds - 1, boxed),
             cells.boxes(beside, view, window.cell, chance),
             seed,
         )
@@ -279,67 +280,6 @@ class Planner:
             c + float(rng.uniform(-shift, shift)) * s for c, s in zip(centre, size, strict=True)
         ]
         return about_box(centre, edges, edge, view.spacing_mm, scale)
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """A window's cells as places in its volume, but for an elastic deformation of a cell or so.
-
-    Attributes:
-        matrix: (3, 3) from the window's -1..1 to voxels.
-        origin: (3,) the window's centre.
-        edge: cells along each axis.
-        faces: (2, 3) in cells, of what counts: of the window, unless another one is about it.
-    """
-
-    matrix: NDArray[np.float64]
-    origin: NDArray[np.float64]
-    edge: int
-    faces: NDArray[np.float64] | None = None
-
-    def within(self, window: Window, view: View) -> _Cells:
-        """The same cells, with all counting that lies in a window with parallel axes about them."""
-        corners = self._of(view.of_volume(np.array([window.start, window.stop]) - 0.5))
-        return dataclasses.replace(self, faces=np.stack([corners.min(0), corners.max(0)]))
-
-    @property
-    def _faces(self) -> tuple[Any, Any]:
-        return (-0.5, self.edge - 0.5) if self.faces is None else (self.faces[0], self.faces[1])
-
-    def clicks(
-        self, objects: Sequence[TrainingObject], rng: np.random.Generator, deepest: bool
-    ) -> NDArray[np.float64]:
-        """(n, 3) a click an object, those outside left out: deepest, or from there outwards."""
-        points = np.array([one.deepest for one in objects], float).reshape(-1, 3)
-        if not deepest:
-            border = [one.surface[rng.integers(len(one.surface))] for one in objects]
-            away = np.array(border).reshape(-1, 3) - points
-            points += rng.uniform(0, 0.8, (len(points), 1)) * away
-        places = self._of(points)
-        low, high = self._faces
-        return places[((places > low) & (places < high)).all(1)]
-
-    def boxes(
-        self,
-        objects: Sequence[TrainingObject],
-        view: View,
-        cell: Point,
-        rng: np.random.Generator,
-    ) -> NDArray[np.float64]:
-        """(n, 2, 3) boxes, those outside left out; upright, however the window is turned."""
-        padded = [view.edges_of(one, view.draw_padding(rng)) for one in objects]
-        edges = np.array(padded).reshape(-1, 2, 3)
-        half = (edges[:, 1] - edges[:, 0]) / 2 / np.array(cell)
-        centre = self._of(view.of_volume(edges.mean(1)))
-        low, high = self._faces
-        near = ((centre + half > low) & (centre - half < high)).all(1)
-        return np.stack([centre - half, centre + half], 1)[near]
-
-    def _of(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(n, 3) voxels as cells."""
-        u = (points - self.origin) @ np.linalg.inv(self.matrix).T
-        places: NDArray[np.float64] = (u + 1) * (self.edge / 2) - 0.5
-        return places
 
 
 def _with_neighbour(

@@ -15,6 +15,8 @@ from inference.appearance import intensities_say
 from inference.look import BLURRING_CELL
 from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts, refiner_channels
+from inference.refinement import BOX_ALONE
+from inference.second_pass import FIRST_PASS
 from training.augmentation import Chance, perturb_mask
 from training.click_simulation import next_clicks
 from training.config import Config
@@ -24,7 +26,7 @@ from training.surroundings import Surroundings
 
 _SHAPE = CHANNELS.index("ellipsoid")
 #: Log-odds at the ellipsoid's centre, and everywhere, that draw a poor first mask towards it.
-_DRAWN, _SWOLLEN = 5.0, 0.7
+_DRAWN, _SWOLLEN = 5.0, 0.4
 ABSENT = -20.0  # a logit that costs nothing where there is no object
 _SAVED = [field.name for field in dataclasses.fields(Sample) if field.name != "prompts"]
 
@@ -146,8 +148,9 @@ class Pool:
         ]
         silent = [bool(rng.random() < config.no_click) for rng in rngs]
         dice = dice_score(logits > 0, targets).tolist()
+        left = [self._left(*one) for one in zip(places, logits, strict=True)]
         predicted = torch.stack(
-            [self._mask(*one) for one in zip(places, logits, self._shape, strict=True)]
+            [self._mask(*one) for one in zip(places, left, self._shape, strict=True)]
         )
         clicks = next_clicks(
             predicted,
@@ -173,15 +176,16 @@ class Pool:
                 cells = zip(sample.cell, sample.around.size, strict=True)
                 if max(close / size for close, size in cells) > BLURRING_CELL:
                     place.close = mask & sample.inside
+            if place.round < len(sample.elsewhere):
+                told = (*sample.prompts.elsewhere, *sample.elsewhere[place.round])
+                sample.prompts = dataclasses.replace(sample.prompts, elsewhere=told)
             place.left -= 1
             place.round += 1
             if click is None:
                 place.left = 0
             elif not quiet:
-                known = sample.prompts.clicks
-                sample.prompts = dataclasses.replace(
-                    sample.prompts, clicks=(*known, click), elsewhere=sample.elsewhere
-                )
+                clicks = (*sample.prompts.clicks, click)
+                sample.prompts = dataclasses.replace(sample.prompts, clicks=clicks)
                 if place.left and unseen:
                     place.mask = place.close = None
         return scores
@@ -207,6 +211,14 @@ class Pool:
             self._places[slot] = _Place(
                 number, sample, None, None, rounds, 0 if sample.prompts.box else 1
             )
+
+    def _left(self, place: _Place, logits: Tensor) -> Tensor:
+        """Logits that leave a round, as in inference: not the network's last word alone."""
+        around = place.sample.around
+        if around is not None:
+            first = around.shown(self._first[place.number], logits.shape[0])
+            logits = logits.lerp(first, FIRST_PASS)
+        return logits + BOX_ALONE if place.round == 0 else logits
 
     def _mask(self, place: _Place, logits: Tensor, shape: Tensor) -> Tensor:
         """The mask that a round leaves, now and then a poor one."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inference.prompts import Point, WindowPrompts, moved
-from inference.resampling import interpolate
+from inference.resampling import covered_cells, interpolate
 
 
 @dataclass
@@ -45,13 +45,23 @@ class Surroundings:
         return interpolate(values[None], axes)[0]
 
     def taught(self, mask: Tensor, close: Tensor) -> Tensor:
-        """A (D, H, W) bool mask of this window, corrected by the close look's."""
-        axes, seen = [], torch.ones_like(mask)
+        """A (D, H, W) bool mask of this window, corrected by the close look's.
+
+        Cells count as the object's by the share that it has of them, as in the next round of
+        inference, which sees the voxels of both passes through the first one's grid.
+        """
+        maps, seen = [], torch.ones_like(mask)
         for axis, n in enumerate(mask.shape):
-            edge = close.shape[axis]
+            fine = torch.arange(close.shape[axis], device=mask.device, dtype=torch.float32)
             cells = torch.arange(n, device=mask.device, dtype=torch.float32)
-            cells = (cells - self.first[axis]) / self.size[axis]
-            within = (cells > -0.5) & (cells < edge - 0.5)
+            cells = ((cells - self.first[axis]) / self.size[axis])[:, None]
+            half = 0.5 / self.size[axis]
+            overlap = torch.minimum(cells + half, fine + 0.5) - torch.maximum(
+                cells - half, fine - 0.5
+            )
+            overlap = overlap.clamp_min(0)
+            maps.append(overlap / overlap.sum(1, keepdim=True).clamp_min(1e-6))
+            within = (cells[:, 0] > -0.5) & (cells[:, 0] < close.shape[axis] - 0.5)
             seen &= within.reshape([-1 if a == axis else 1 for a in range(3)])
-            axes.append((2 * cells + 1) / edge - 1)
-        return torch.where(seen, interpolate(close[None].float(), axes)[0] > 0.5, mask)
+        share = torch.einsum("dhw,zd,yh,xw->zyx", close.float(), *maps)
+        return covered_cells(torch.where(seen, share, mask.float())[None])[0]

@@ -10,6 +10,7 @@ import torch
 
 from inference.coarse import _normalise
 from inference.model.refiner import CHANNELS
+from inference.refinement import BOX_ALONE
 from tests.training.balls import TINY_SAM, config, pool_of, write_balls
 from training.augmentation import Chance, change_intensities, masked_z_scores, perturb_mask
 from training.dataset import Sample, WindowDataset
@@ -214,7 +215,7 @@ def test_masks_may_be_told_apart_by_intensities(folder: Path) -> None:
         row = list(range(12))
         network = torch.nn.Conv3d(len(CHANNELS), 1, 1)
         torch.nn.init.zeros_(network.weight)
-        torch.nn.init.constant_(network.bias, 1.0)  # a large ellipsoid
+        torch.nn.init.constant_(network.bias, 0.7)  # a large ellipsoid
         with torch.no_grad():
             network.weight[0, CHANNELS.index("ellipsoid")] = 1.0
         rounds = RefinerRounds(
@@ -233,6 +234,31 @@ def test_masks_may_be_told_apart_by_intensities(folder: Path) -> None:
         else:
             gains.append(after - before)
     assert len(gains) > 3 and np.mean(gains) > 0.01 and min(gains) > -0.01, gains
+
+
+def test_rounds_leave_masks_and_others_clicks_as_inference_does(folder: Path) -> None:
+    """After a box alone masks are drawn a little larger; each round objects beside get clicks."""
+    values = {"no_box": 0.0, "others": 1.0, "zoom": 0.0, "rounds": 6, "no_click": 0.0}
+    dataset = _dataset(folder, **values)
+    row = list(range(24))
+    network = torch.nn.Conv3d(len(CHANNELS), 1, 1)
+    torch.nn.init.zeros_(network.weight)
+    torch.nn.init.constant_(network.bias, -BOX_ALONE / 2)
+    rounds = RefinerRounds(network, dataset, config(**values), [row], len(row))
+    pool_of(rounds)._fill(row, 16, {})
+    places = [pool_of(rounds)._places[slot] for slot in row]
+    places = [place for place in places if place.left > 2]
+    told = 0
+    for number in range(2):
+        rounds.loss(0, number, 0.0, {}, Scores(dataset.sources, 6))
+        for place in places:
+            inside = place.sample.inside
+            assert place.mask is not None and place.round == number + 1
+            assert bool(place.mask[inside].all()) == bool(place.mask.any()) == (number == 0)
+            known = place.sample.prompts.elsewhere
+            assert known == sum(place.sample.elsewhere[: number + 1], ())
+            told += len(known)
+    assert len(places) > 8 and told > 0
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

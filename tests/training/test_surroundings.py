@@ -11,6 +11,8 @@ import torch
 
 from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts
+from inference.refinement import BOX_ALONE
+from inference.resampling import covered_cells
 from tests.training.balls import config, pool_of, write_balls
 from training import pool
 from training.dataset import Sample, WindowDataset
@@ -95,6 +97,43 @@ def test_a_close_look_corrects_the_mask_where_it_looks() -> None:
     expected[4:12, 4:12, 4:12] = False
     expected[4:12, 4:8, 4:12] = True
     assert torch.equal(after, expected)
+
+
+@pytest.mark.parametrize("first", [3.75, 4.0, 4.3])
+def test_a_corrected_cell_is_the_objects_by_its_share(first: float) -> None:
+    """As inference shows voxels to the next first pass; counted at 60 places along each axis."""
+    image = torch.zeros(16, 16, 16)
+    around = Surroundings(image, image == 0, (first, 3.75, 3.75), (0.5, 0.4, 0.5))
+    close = torch.from_numpy(np.random.default_rng(0).random((16, 16, 16)) < 0.45)
+    share, seen = close.float(), torch.ones(16, 16, 16, dtype=torch.bool)
+    for axis, (start, size) in enumerate(zip(around.first, around.size, strict=True)):
+        places = (torch.arange(16 * 60) + 0.5) / 60 - 0.5  # in cells of the first window
+        fine = ((places - start) / size + 0.5).floor().long().reshape(16, 60)
+        there = ((fine >= 0) & (fine < 16)).float()
+        taken = share.movedim(axis, 0)[fine.clamp(0, 15)]
+        weights = there.reshape(16, 60, 1, 1)
+        share = ((taken * weights).sum(1) / weights.sum(1).clamp_min(1)).movedim(0, axis)
+        centre = (torch.arange(16) - start) / size
+        within = (centre > -0.5) & (centre < 15.5)
+        seen &= within.reshape([-1 if a == axis else 1 for a in range(3)])
+    expected = covered_cells((share * seen)[None])[0]
+    after = around.taught(image > 0, close)
+    assert (after != expected).float().mean() < 0.002 and 0.05 < after[seen].float().mean() < 0.6
+
+
+def test_a_close_look_leaves_the_mean_of_both_passes(folder: Path) -> None:
+    """Two parts of the second and one of the first, as in inference."""
+    for first, second, found in ((3.0, -1.0, True), (1.0, -1.0, False), (-3.0, 1.0, False)):
+        rounds, _, _ = _start(folder)
+        pool_of(rounds).first_look(_ROW, 16, {})
+        batch = pool_of(rounds).batch(torch.full((8, 16, 16, 16), first - 3 * BOX_ALONE))
+        pool_of(rounds).advance(torch.full((8, 16, 16, 16), second).masked_fill(batch.beyond, -20))
+        for slot in _ROW:
+            place = pool_of(rounds)._places[slot]
+            around = place.sample.around
+            assert around is not None and place.mask is not None
+            looked_at = around.taught(torch.zeros_like(place.mask), place.sample.inside)
+            assert bool(place.mask[looked_at & around.inside].all()) == found
 
 
 class _Recorder(torch.nn.Module):

@@ -102,7 +102,10 @@ def test_prompts_of_other_objects_lie_where_these_are(tmp_path: Path) -> None:
     for i in range(300):
         plan = planner.plan(i, np.random.default_rng(i), 32)
         (labels,), _, (inside,) = cut_windows(store, [plan], shown=False)
-        for place in plan.elsewhere.round().astype(int):
+        assert len(plan.elsewhere) == 5
+        if not plan.boxed and plan.around is None:
+            assert len(plan.elsewhere[0]) <= 1
+        for place in np.concatenate(plan.elsewhere).round().astype(int):
             if (place >= 0).all() and (place < 32).all():  # a close look knows of more
                 clicked.append(int(labels[tuple(place)]) == 3 - plan.label)
         there = (inside & (labels == 3 - plan.label)).numpy()
@@ -127,9 +130,10 @@ def test_close_looks_know_what_is_said_in_the_window_they_lie_in(tmp_path: Path)
         if plan.around is None:
             continue
         first, size = (np.array(v) for v in plan.within(plan.around))
-        for places in (plan.elsewhere, plan.others.mean(1)):
+        clicked = np.concatenate(plan.elsewhere)
+        for places in (clicked, plan.others.mean(1)):
             beyond += ((places < -0.5) | (places > 15.5)).any(1).tolist()
-        there = first + size * plan.elsewhere
+        there = first + size * clicked
         assert (there > -0.5).all() and (there < 15.5).all()
         edges = first + size * plan.others
         assert (edges[:, 1] > -0.5).all() and (edges[:, 0] < 15.5).all()
@@ -165,7 +169,9 @@ def test_joined_objects_are_one(store: VolumeStore) -> None:
     for i in range(20):
         plan = planner.plan(i, np.random.default_rng(i), 32, boxed=True)
         volume = store.volumes[plan.volume]
-        assert {plan.label, plan.also} == {1, 2} and not len(plan.others) + len(plan.elsewhere)
+        assert {plan.label, plan.also} == {1, 2} and not len(plan.others) + sum(
+            map(len, plan.elsewhere)
+        )
         both = torch.where(volume.labels > 0, plan.label, 0)
         as_one = dataclasses.replace(volume, labels=both)
         _, theirs = _as_inference(as_one, plan)
