@@ -10,8 +10,9 @@ says otherwise), everything else clipped to its 0.5 and 99.5 percentiles.
 
 OUT gets MODALITY_DATASET_NAME.npz files (with --hold-out, in train/ and val/), a manifest.json that
 names their structures, and preprocess.csv: what was done, how each image lay, and what was refused
-and why. Run it again and it does what is left, has changed or was refused. It ends with 0 if every
-image was converted, 1 if some were refused, 2 if nothing could start.
+and why. Run it again and it does what is left, has changed or was refused. A case stays that of its
+image: another one of that name is refused. It ends with 0 if every image was converted, 1 if some
+were refused, 2 if nothing could start.
 """
 
 from __future__ import annotations
@@ -67,13 +68,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = read_names(options.names) if options.names else {}
         how = Conversion(options.modality, options.window, options.boxes, names)
-        cases = list_cases(options.images, options.labels, [options.out])
+        listed = list_cases(options.images, options.labels, [options.out])
         options.out.mkdir(parents=True, exist_ok=True)
         log = Log(options.out / _LOG)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     prefix = f"{options.modality}_{options.dataset}_"
+    cases = []
+    for case in listed:
+        other = log.other_image(options.out, f"{prefix}{case.name}", case)
+        if not other:
+            cases.append(case)
+            continue
+        reason = f"{case.image}: the case was made of {other}; accepted: another --dataset or name"
+        print(f"refused {prefix}{case.name}: {reason}", file=sys.stderr)
+    taken = len(listed) - len(cases)
     files = _places([f"{prefix}{case.name}.npz" for case in cases], options.hold_out, log.rows)
     left = []
     for case in cases:
@@ -107,10 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write_manifests(options.out, log.rows.values())
     converted = len(left) - refused
     print(
-        f"{converted} converted, {done} already there, {refused} refused: {options.out / _LOG}",
+        f"{converted} converted, {done} already there, {refused + taken} refused: "
+        f"{options.out / _LOG}",
         flush=True,
     )
-    return 1 if refused else 0
+    return 1 if refused + taken else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -201,6 +212,15 @@ class Log:
         except OSError:
             return False
 
+    def other_image(self, out: Path, name: str, case: RawCase) -> str:
+        """The image that a case is there of, where that is another one which still exists."""
+        row = self.rows.get(name)
+        if row is None or row["status"] != "done" or not (out / row["file"]).is_file():
+            return ""
+        made_of = os.path.realpath(row["image"])
+        there = os.path.lexists(made_of) and made_of != os.path.realpath(case.image)
+        return row["image"] if there else ""
+
     def _write(self) -> None:
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
@@ -252,7 +272,7 @@ def _convert_all(
 def _convert_one(case: RawCase, file: str, how: Conversion, out: Path) -> Row:
     """Convert and write one case; whatever is wrong with it becomes its row's reason."""
     row = dict.fromkeys(COLUMNS, "")
-    row |= {"case": Path(file).stem, "file": file, "image": str(case.image)}
+    row |= {"case": Path(file).stem, "file": file, "image": str(case.image.absolute())}
     row["labels"] = str(case.labels or "")
     try:
         row["fingerprint"] = how.fingerprint(case)  # before: files that change meanwhile show

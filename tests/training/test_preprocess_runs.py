@@ -125,6 +125,39 @@ def test_a_stopped_run_goes_on(folders: tuple[Path, Path, Path]) -> None:
     assert [row["status"] for row in rows(out).values()] == ["done"] * 4
 
 
+def test_a_case_is_never_made_of_another_image(
+    folders: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither a good nor a damaged one of the same name, from wherever the command is run."""
+    images, _, out = folders
+    words = [out, "--modality", "CT"]
+    monkeypatch.chdir(images.parent)
+    assert run(images.name, *words) == 0
+    table, case = (out / "preprocess.csv").read_text(encoding="utf-8"), out / "CT_own_a.npz"
+    content = case.read_bytes()
+    for folder, content_of_a in (("b/images", (images / "a.nii.gz").read_bytes()), ("c", b"no")):
+        other = images.parent / folder
+        other.mkdir(parents=True)
+        (other / "a.nii.gz").write_bytes(content_of_a)
+        monkeypatch.chdir(other.parent)  # where "images" is another folder
+        assert run(other.name, *words) == 1
+        captured = capsys.readouterr()
+        assert captured.err == (
+            f"refused CT_own_a: {other.name}/a.nii.gz: the case was made of {images}/a.nii.gz; "
+            "accepted: another --dataset or name\n"
+        )
+        assert "0 converted, 0 already there, 1 refused" in captured.out
+        assert case.read_bytes() == content
+        assert (out / "preprocess.csv").read_text(encoding="utf-8") == table
+    other = images.parent / "b" / "images"
+    assert run(other, *words, "--dataset", "b") == 0
+    images.rename(images.with_name("moved"))  # moved, it is the same image
+    assert run(images.with_name("moved"), *words) == 0
+    assert sorted(rows(out)) == ["CT_b_a", "CT_own_a"]
+
+
 def test_other_settings_convert_again(folders: tuple[Path, Path, Path]) -> None:
     images, _, out = folders
     assert run(images, out, "--modality", "CT") == 0
