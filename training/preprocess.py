@@ -234,7 +234,7 @@ def _places(names: Sequence[str], share: float, rows: Mapping[str, Row]) -> dict
     """The file of each case below OUT; which are held out depends on names only, and stays.
 
     A case that an earlier run put into a folder is left there; the others fill the share up in the
-    order of their names' hashes.
+    order of their names' hashes. They never take the last case, which is one to train on.
     """
     if not share:
         return {name: name for name in names}
@@ -244,7 +244,7 @@ def _places(names: Sequence[str], share: float, rows: Mapping[str, Row]) -> dict
         (n for n in names if not before[n].startswith(("val/", "train/"))),
         key=lambda name: hashlib.sha256(name.encode()).digest(),
     )
-    wanted = max(1, round(share * len(names))) - len(held)
+    wanted = min(max(1, round(share * len(names))), len(names) - 1) - len(held)
     held.update(free[: max(0, wanted)])
     return {name: f"{'val' if name in held else 'train'}/{name}" for name in names}
 

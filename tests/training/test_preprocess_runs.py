@@ -202,6 +202,17 @@ def test_cases_are_held_out_and_stay_where_they_are(folders: tuple[Path, Path, P
     assert train <= more_train and val <= more_val
 
 
+def test_one_case_is_left_to_train_on(folders: tuple[Path, Path, Path]) -> None:
+    images, labels, out = folders
+    words = [images, out, "--labels", labels, "--modality", "CT", "--hold-out"]
+    assert run(*words, 0.2) == 0
+    assert [path.parent.name for path in out.rglob("*.npz")] == ["train"]
+    shutil.copy(images / "a.nii.gz", images / "b.nii.gz")
+    shutil.copy(labels / "a.nii.gz", labels / "b.nii.gz")
+    assert run(*words, 0.9) == 0
+    assert sorted(path.parent.name for path in out.rglob("*.npz")) == ["train", "val"]
+
+
 @pytest.mark.parametrize(
     "text",
     ['{"21": "liver"}', '{"liver": 21}', '{"labels": {"background": 0, "liver": 21}}'],
