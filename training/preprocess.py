@@ -180,16 +180,23 @@ class Log:
         self._path = path
         self.rows: dict[str, Row] = {}
         if path.exists():
-            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-                reader = csv.DictReader(file)
-                if tuple(reader.fieldnames or ()) != COLUMNS:
-                    raise ValueError(f"{path}: accepted: a table of training.preprocess")
-                for row in reader:
-                    if None not in row.values() and None not in row:
-                        self.rows[row["case"]] = row
+            try:
+                self._read()
+            except csv.Error as error:
+                accepted = "a table of training.preprocess"
+                raise ValueError(f"{path}: {error}; accepted: {accepted}") from None
         self._write()
         # Names of files are bytes: those that are no text come back as they were.
         self._file = path.open("a", encoding="utf-8", errors="surrogateescape", newline="")
+
+    def _read(self) -> None:
+        with self._path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"{self._path}: accepted: a table of training.preprocess")
+            for row in reader:
+                if None not in row.values() and None not in row:
+                    self.rows[row["case"]] = row
 
     def add(self, row: Row) -> None:
         """Keep a case that was done or refused."""

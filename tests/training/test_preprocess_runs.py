@@ -17,6 +17,7 @@ import SimpleITK as sitk
 from tests.conftest import CHECKOUT
 from tests.test_nifti import DIRECTIONS, blobs
 from tests.training.raw_images import arrays, rows, run, scan, write
+from training.preprocess import COLUMNS
 from training.raw_case import read_names
 
 
@@ -246,8 +247,19 @@ def test_what_cannot_start_ends_with_2(
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "preprocess.csv").write_text("a,b\n", encoding="utf-8")
+    image, wide = images / "a.nii.gz", tmp_path / "wide.csv"
+    wide.write_text(f"label,name\n1,{'x' * 140_000}\n", encoding="utf-8")
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "preprocess.csv").write_text(
+        f"{','.join(COLUMNS)}\n{'x' * 140_000}\n", encoding="utf-8"
+    )
     for words, message in (
         ([tmp_path / "no", out], "no such folder"),
+        ([image, out], "a.nii.gz: cannot be read as a table"),
+        ([wide, out], "wide.csv: cannot be read as a table (field larger"),
+        ([images, out, "--names", image], "a.nii.gz: cannot be read as names of labels"),
+        ([images, out, "--names", wide], "wide.csv: cannot be read as names of labels"),
+        ([images, tmp_path / "long"], "preprocess.csv: field larger"),
         ([tmp_path / "empty", out], "no image in it"),
         ([images, tmp_path / "other"], "accepted: a table of training.preprocess"),
         ([images, out, "--labels", tmp_path / "no"], "no such folder"),
