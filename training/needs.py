@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if value is not None and value < 1:
             parser.error(f"--{name} {value}; accepted: at least 1")
     if not 0 < options.tflops < math.inf:
-        parser.error(f"--tflops {options.tflops}; accepted: a number above 0")
+        parser.error(f"--tflops {options.tflops}; accepted: a finite number above 0")
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

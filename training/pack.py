@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mib", type=float, default=50.0, help="largest size (default: 50)")
     options = parser.parse_args(arguments)
     if not 0 < options.mib < math.inf:
-        parser.error(f"--mib {options.mib}; accepted: a number above 0")
+        parser.error(f"--mib {options.mib}; accepted: a finite number above 0")
     try:
         bits = pack(options.folders, options.out, int(options.mib * (1 << 20)))
         size = options.out.stat().st_size / (1 << 20)

@@ -76,8 +76,8 @@ def test_steps_are_those_that_training_takes(tmp_path: Path) -> None:
         ("--threads", "-1", "at least 1"),
         ("--threads", "0", "at least 1"),
         ("--objects", "-5", "at least 1"),
-        ("--tflops", "0", "a number above 0"),
-        ("--tflops", "nan", "a number above 0"),
+        ("--tflops", "0", "a finite number above 0"),
+        ("--tflops", "nan", "a finite number above 0"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused_before_anything_is_measured(

@@ -128,7 +128,7 @@ def test_what_never_fits_leaves_nothing(
     for size in ("inf", "nan", "0"):
         with pytest.raises(SystemExit):
             main([str(folders[0]), "--out", str(out), "--mib", size])
-        assert "accepted: a number above 0" in capsys.readouterr().err
+        assert "accepted: a finite number above 0" in capsys.readouterr().err
 
 
 def test_from_an_archive_to_weights_and_figures_in_one_command(tmp_path: Path) -> None:
