@@ -35,6 +35,7 @@ from training.model_card import Figures, read_figures, write_figures
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 _SUMS = "SHA256SUMS"
+_NETWORKS = ("refiner", "unboxed", "sam")  # whose configurations the metadata has
 
 
 def export(
@@ -175,6 +176,11 @@ def _note(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"{text!r}; accepted: KEY=TEXT")
+    if key in _NETWORKS or key == "training" or key.endswith("_training"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; accepted: other keys than {', '.join(_NETWORKS)}, training and *_training, "
+            "which say what the file holds"
+        )
     return key, value
 
 

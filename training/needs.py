@@ -1,6 +1,6 @@
 """Measure one step of a configuration here, and say what the whole run would need.
 
-    python -m training.needs --config training/configs/paper.yaml --data DIR --set init=null \
+    python -m training.needs --config training/configs/paper.yaml --data DIR \
         [--objects N] [--tflops 125]
 
 One optimiser step with one window and one with two are taken on this machine. Their peaks of
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import resource
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import (
 from training.checkpoint import build_network
 from training.config import Config
 from training.dataset import WindowDataset
-from training.trainer import Trainer
+from training.trainer import Trainer, steps_an_epoch
 from training.volumes import LabelledVolume, load_folder
 
 Shape = tuple[int, ...]
@@ -112,9 +113,8 @@ def report(config: Config, one: Step, two: Step, objects: int, tflops: float) ->
     """
     window = max(two.peak_gb - one.peak_gb, 0.0)
     fixed = one.peak_gb - window
-    rounds = (config.rounds + 1) / 2 if config.network == "refiner" else 1
     step = config.batch * config.accumulate
-    steps = config.epochs * -(-int(objects * rounds) // step) or config.steps
+    steps = config.epochs * steps_an_epoch(config, objects) or config.steps
     total = steps * step
     flops = one.flops / one.windows
     days = total * flops / (tflops * 1e12) / 86400
@@ -149,6 +149,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE")
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args(arguments)
+    for name in ("objects", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}; accepted: at least 1")
+    if not 0 < options.tflops < math.inf:
+        parser.error(f"--tflops {options.tflops}; accepted: a finite number above 0")
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

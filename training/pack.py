@@ -4,13 +4,15 @@
     tar xf data.tar.xz        # there: the same folders again
 
 All cases are compressed together, which takes a sixth less than the files themselves. Where that
-is still too much, intensities lose their lowest bits, in all cases alike, until it is not.
+is still too much, intensities lose their lowest bits, in all cases alike, until it is not;
+what is 0, as beside a brain, stays 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import sys
 import tarfile
@@ -36,9 +38,11 @@ def pack(folders: Sequence[Path], out: Path, largest: int) -> int:
         Bits that the intensities have in it.
 
     Raises:
-        ValueError: a folder has no case, two folders have one name, a file cannot be read, or
-            five bits are still too many.
+        ValueError: another suffix, a folder has no case, two folders have one name, a file cannot
+            be read, or five bits are still too many.
     """
+    if not out.name.endswith(".tar.xz"):
+        raise ValueError(f"{out}; accepted: a file named *.tar.xz")
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"received folders called {names}; accepted: names that differ")
@@ -78,9 +82,11 @@ def _with_fewer_bits(path: Path, bits: int) -> bytes:
     with NpzFile(path) as file:
         arrays = dict(file)
     if "imgs" in arrays:
-        image = np.clip(np.nan_to_num(arrays["imgs"]), 0, 255).astype(np.uint8)
+        clipped = np.clip(np.nan_to_num(arrays["imgs"].astype(np.float32)), 0, 255)
+        image = clipped.round().astype(np.uint8)  # as training rounds
         lost = 8 - bits
-        arrays["imgs"] = (image >> lost << lost) + np.uint8(1 << lost >> 1)
+        fewer = (image >> lost << lost) + np.uint8(1 << lost >> 1)
+        arrays["imgs"] = np.where(image > 0, fewer, 0).astype(np.uint8)
     content = io.BytesIO()
     np.savez(content, allow_pickle=True, **arrays)
     return content.getvalue()
@@ -97,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="NAME.tar.xz")
     parser.add_argument("--mib", type=float, default=50.0, help="largest size (default: 50)")
     options = parser.parse_args(arguments)
+    if not 0 < options.mib < math.inf:
+        parser.error(f"--mib {options.mib}; accepted: a finite number above 0")
     try:
         bits = pack(options.folders, options.out, int(options.mib * (1 << 20)))
         size = options.out.stat().st_size / (1 << 20)

@@ -7,6 +7,7 @@ the steps of the learning rate marked; ``samples.png`` shows windows of the last
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import math
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
+from inference.npz import NpzFile
 from training.run_log import read_log
 
 mpl.use("Agg")
@@ -23,6 +25,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+_DRAWN = ("epoch", "lr", "loss", "dice", "dice_0")  # columns of the log
 _STEP = 2.0  # a rate that falls to less than a half from one line to the next makes a mark
 
 
@@ -36,11 +39,17 @@ def draw(run: Path) -> list[Path]:
         The pictures written.
 
     Raises:
-        ValueError: the log is missing or empty.
+        ValueError: the log is missing, empty or of something else, or the samples are damaged.
     """
-    lines = read_log(run / "log.csv")
+    log = run / "log.csv"
+    try:
+        lines = read_log(log)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{log}: {error}; accepted: the log of a run") from None
     if not lines:
         raise ValueError(f"{run}: no log.csv with a line in it; accepted: the --out of a run")
+    if missing := [name for name in _DRAWN if name not in lines[0]]:
+        raise ValueError(f"{log}: no column {', '.join(missing)}; accepted: the log of a run")
     written = [
         _curve(lines, "dice", "Dice similarity coefficient", run / "dice.png"),
         _curve(lines, "loss", "loss", run / "loss.png"),
@@ -88,8 +97,14 @@ def _curve(lines: Sequence[dict[str, float]], name: str, title: str, path: Path)
 
 def _samples(source: Path, path: Path) -> Path:
     """The middle slice of each window with the outlines of object and prediction."""
-    with np.load(source, allow_pickle=False) as slices:
-        images, targets, masks = slices["image"], slices["target"], slices["mask"]
+    with NpzFile(source) as file:
+        stacks = [file.get(name, np.empty(0)) for name in ("image", "target", "mask")]
+    shapes = [stack.shape for stack in stacks]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 3 or 0 in shapes[0]:
+        raise ValueError(
+            f"{source}: received image, target, mask of {shapes}; accepted: the samples of a run"
+        )
+    images, targets, masks = stacks
     count = len(images)
     figure, grid = plt.subplots(
         1, count, figsize=(2.2 * count, 2.5), layout="constrained", squeeze=False

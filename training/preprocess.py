@@ -10,8 +10,9 @@ says otherwise), everything else clipped to its 0.5 and 99.5 percentiles.
 
 OUT gets MODALITY_DATASET_NAME.npz files (with --hold-out, in train/ and val/), a manifest.json that
 names their structures, and preprocess.csv: what was done, how each image lay, and what was refused
-and why. Run it again and it does what is left, has changed or was refused. It ends with 0 if every
-image was converted, 1 if some were refused, 2 if nothing could start.
+and why. Run it again and it does what is left, has changed or was refused. A case stays that of its
+image: another one of that name is refused. It ends with 0 if every image was converted, 1 if some
+were refused, 2 if nothing could start.
 """
 
 from __future__ import annotations
@@ -67,13 +68,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = read_names(options.names) if options.names else {}
         how = Conversion(options.modality, options.window, options.boxes, names)
-        cases = list_cases(options.images, options.labels, [options.out])
+        listed = list_cases(options.images, options.labels, [options.out])
         options.out.mkdir(parents=True, exist_ok=True)
         log = Log(options.out / _LOG)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     prefix = f"{options.modality}_{options.dataset}_"
+    cases = []
+    for case in listed:
+        other = log.other_image(options.out, f"{prefix}{case.name}", case)
+        if not other:
+            cases.append(case)
+            continue
+        reason = f"{case.image}: the case was made of {other}; accepted: another --dataset or name"
+        print(f"refused {prefix}{case.name}: {reason}", file=sys.stderr)
+    taken = len(listed) - len(cases)
     files = _places([f"{prefix}{case.name}.npz" for case in cases], options.hold_out, log.rows)
     left = []
     for case in cases:
@@ -107,10 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write_manifests(options.out, log.rows.values())
     converted = len(left) - refused
     print(
-        f"{converted} converted, {done} already there, {refused} refused: {options.out / _LOG}",
+        f"{converted} converted, {done} already there, {refused + taken} refused: "
+        f"{options.out / _LOG}",
         flush=True,
     )
-    return 1 if refused else 0
+    return 1 if refused + taken else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -169,16 +180,23 @@ class Log:
         self._path = path
         self.rows: dict[str, Row] = {}
         if path.exists():
-            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-                reader = csv.DictReader(file)
-                if tuple(reader.fieldnames or ()) != COLUMNS:
-                    raise ValueError(f"{path}: accepted: a table of training.preprocess")
-                for row in reader:
-                    if None not in row.values() and None not in row:
-                        self.rows[row["case"]] = row
+            try:
+                self._read()
+            except csv.Error as error:
+                accepted = "a table of training.preprocess"
+                raise ValueError(f"{path}: {error}; accepted: {accepted}") from None
         self._write()
         # Names of files are bytes: those that are no text come back as they were.
         self._file = path.open("a", encoding="utf-8", errors="surrogateescape", newline="")
+
+    def _read(self) -> None:
+        with self._path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"{self._path}: accepted: a table of training.preprocess")
+            for row in reader:
+                if None not in row.values() and None not in row:
+                    self.rows[row["case"]] = row
 
     def add(self, row: Row) -> None:
         """Keep a case that was done or refused."""
@@ -201,6 +219,15 @@ class Log:
         except OSError:
             return False
 
+    def other_image(self, out: Path, name: str, case: RawCase) -> str:
+        """The image that a case is there of, where that is another one which still exists."""
+        row = self.rows.get(name)
+        if row is None or row["status"] != "done" or not (out / row["file"]).is_file():
+            return ""
+        made_of = os.path.realpath(row["image"])
+        there = os.path.lexists(made_of) and made_of != os.path.realpath(case.image)
+        return row["image"] if there else ""
+
     def _write(self) -> None:
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
@@ -214,7 +241,7 @@ def _places(names: Sequence[str], share: float, rows: Mapping[str, Row]) -> dict
     """The file of each case below OUT; which are held out depends on names only, and stays.
 
     A case that an earlier run put into a folder is left there; the others fill the share up in the
-    order of their names' hashes.
+    order of their names' hashes. They never take the last case, which is one to train on.
     """
     if not share:
         return {name: name for name in names}
@@ -224,7 +251,7 @@ def _places(names: Sequence[str], share: float, rows: Mapping[str, Row]) -> dict
         (n for n in names if not before[n].startswith(("val/", "train/"))),
         key=lambda name: hashlib.sha256(name.encode()).digest(),
     )
-    wanted = max(1, round(share * len(names))) - len(held)
+    wanted = min(max(1, round(share * len(names))), len(names) - 1) - len(held)
     held.update(free[: max(0, wanted)])
     return {name: f"{'val' if name in held else 'train'}/{name}" for name in names}
 
@@ -252,7 +279,7 @@ def _convert_all(
 def _convert_one(case: RawCase, file: str, how: Conversion, out: Path) -> Row:
     """Convert and write one case; whatever is wrong with it becomes its row's reason."""
     row = dict.fromkeys(COLUMNS, "")
-    row |= {"case": Path(file).stem, "file": file, "image": str(case.image)}
+    row |= {"case": Path(file).stem, "file": file, "image": str(case.image.absolute())}
     row["labels"] = str(case.labels or "")
     try:
         row["fingerprint"] = how.fingerprint(case)  # before: files that change meanwhile show

@@ -146,8 +146,14 @@ def _with_labels(case: RawCase, folder: Path) -> RawCase:
 
 
 def _read_table(table: Path) -> list[RawCase]:
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{table}: cannot be read as a table ({error}); accepted: a folder of images, or CSV "
+            "with the columns image, labels, case"
+        ) from None
     if rows and "image" not in rows[0]:
         raise ValueError(f"{table}: columns {list(rows[0])}; accepted: image, labels, case")
     cases = []
@@ -342,9 +348,9 @@ def read_names(path: Path) -> dict[int, str]:
     Raises:
         ValueError: it is neither, or two names have one label.
     """
-    text = path.read_text(encoding="utf-8-sig")
     pairs: Sequence[tuple[Any, Any]]
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             values = json.loads(text)
             values = values.get("labels", values)
@@ -352,7 +358,7 @@ def read_names(path: Path) -> dict[int, str]:
         else:
             pairs = [(row["label"], row["name"]) for row in csv.DictReader(text.splitlines())]
         names = {int(label): str(name) for label, name in pairs}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, csv.Error) as error:
         raise ValueError(
             f"{path}: cannot be read as names of labels ({type(error).__name__}: {error}); "
             "accepted: CSV with label,name, or JSON of labels and names"

@@ -75,15 +75,13 @@ class Trainer:
         if isinstance(model, Refiner):
             network = self._world.wrap(model)
             self._rounds = RefinerRounds(network, dataset, config, slots, places)
-            shown = (config.rounds + 1) / 2  # rounds of an object, on average
         else:
             # Without points or without a box, some embeddings are not asked.
             network = self._world.wrap(SamInteraction(model, config), unused=True)
             self._rounds = SamRounds(network, dataset, config, slots, places)
-            shown = 1
         self._network = network
         self._windows_a_step = total
-        self._steps_an_epoch = math.ceil(dataset.objects * shown / total)
+        self._steps_an_epoch = steps_an_epoch(config, dataset.objects, self._world.size)
         self.steps = config.epochs * self._steps_an_epoch or config.steps
         self.scores = Scores(dataset.sources, config.rounds)
         self.step, self.minutes, self.windows, self.skipped = 0, 0.0, 0, 0
@@ -278,6 +276,12 @@ class Trainer:
         }
         with replacing(self._out / "samples.npz") as file:
             np.savez_compressed(file, **slices)  # type: ignore[arg-type]
+
+
+def steps_an_epoch(config: Config, objects: int, processes: int = 1) -> int:
+    """Optimiser steps of a pass over all objects; the refiner's by its mean number of rounds."""
+    shown = (config.rounds + 1) / 2 if config.network == "refiner" else 1
+    return math.ceil(objects * shown / (config.batch * config.accumulate * processes))
 
 
 def _precision(config: Config, device: torch.device) -> tuple[torch.dtype, bool]:

@@ -336,3 +336,14 @@ def test_a_card_needs_figures(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         export(["--checkpoint", "a", "--out", "b", "--note", "text"])
     assert "accepted: KEY=TEXT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["refiner", "unboxed", "sam", "training", "refiner_training"])
+def test_a_note_is_nothing_that_the_file_says_of_itself(
+    tmp_path: Path, checkpoint: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "w.safetensors"
+    with pytest.raises(SystemExit):
+        run("--checkpoint", checkpoint, "--out", out, "--note", f"{key}=foo")
+    assert f"'{key}=foo'; accepted: other keys than" in capsys.readouterr().err
+    assert not out.exists()

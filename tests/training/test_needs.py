@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.training.balls import TINY_SAM, config, write_balls
+from training.checkpoint import build_network
+from training.dataset import WindowDataset
 from training.needs import _ON_CPU, Step, main, measure_step, report
+from training.trainer import Trainer
 from training.volumes import load_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tensors here are too small for two
@@ -51,6 +55,38 @@ def test_the_reckoning() -> None:
     assert "memory 8.5 GB" in said
     assert f"0.06 EFLOP: {576 / 86400:.2g} days at 100 TFLOP/s" in said
     assert f"{240 * 24 * 15 / 86400:.0f} days on one core" in said
+
+
+def test_steps_are_those_that_training_takes(tmp_path: Path) -> None:
+    """3 objects of 1.5 rounds, 4 a step: two steps an epoch, and not one."""
+    settings = config(rounds=2, batch=4, accumulate=1, epochs=10)
+    volumes = load_folder(write_balls(tmp_path))
+    volumes[1] = dataclasses.replace(volumes[1], objects=volumes[1].objects[:1])
+    dataset = WindowDataset(volumes, settings)
+    trainer = Trainer(build_network(settings), dataset, settings, tmp_path)
+    assert (dataset.objects, trainer.steps) == (3, 20)
+    step = Step(windows=1, seconds=1.0, cpu_seconds=1.0, flops=1, peak_gb=1.0)
+    said = report(settings, step, step, objects=3, tflops=1.0)
+    assert "batch 4 x 1, 20 steps of 4 windows" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("--threads", "-1", "at least 1"),
+        ("--threads", "0", "at least 1"),
+        ("--objects", "-5", "at least 1"),
+        ("--tflops", "0", "a finite number above 0"),
+        ("--tflops", "nan", "a finite number above 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, accepted: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--config", "no.yaml", "--data", "no", option, value])
+    said = capsys.readouterr().err
+    assert raised.value.code == 2 and f"error: {option} {value}" in said and accepted in said
 
 
 def test_attention_on_a_cpu_is_counted() -> None:

@@ -17,6 +17,7 @@ from inference.npz import NpzFile
 from tests.conftest import CHECKOUT
 from tests.training.balls import write_balls
 from training.pack import main, pack
+from training.volumes import load_volumes
 
 
 @pytest.fixture
@@ -80,6 +81,19 @@ def test_images_are_bytes_and_folders_keep_their_names(folders: list[Path], tmp_
     assert found.dtype == np.uint8 and np.array_equal(found, arrays["imgs"])
 
 
+def test_intensities_are_rounded_as_training_rounds_them(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    image = np.array([1.7, 99.9, 254.6, 300.0, -1.0, np.nan, 0.5, 1.5], np.float32).reshape(2, 2, 2)
+    case = tmp_path / "train" / "MR_a_0.npz"
+    np.savez(case, imgs=image, gts=np.ones(image.shape, np.uint8), spacing=[1.0, 1.0, 1.0])
+    (tmp_path / "there").mkdir()
+    assert pack([case.parent], tmp_path / "there" / "data.tar.xz", 1 << 20) == 8
+    found = _unpacked(tmp_path / "there" / "data.tar.xz")["train/MR_a_0.npz"]["imgs"]
+    assert found.ravel().tolist() == [2, 100, 255, 255, 0, 0, 0, 2]
+    trained_on = load_volumes([case])[0].image
+    assert trained_on is not None and np.array_equal(found, trained_on.numpy())
+
+
 def test_what_does_not_fit_loses_the_lowest_bits_of_intensities(
     folders: list[Path], tmp_path: Path
 ) -> None:
@@ -92,6 +106,7 @@ def test_what_does_not_fit_loses_the_lowest_bits_of_intensities(
     with NpzFile(folders[0] / "CT_a_0.npz") as file:
         off = found["imgs"].astype(int) - file["imgs"]
         assert np.abs(off).max() == 2 and abs(off.mean()) < 0.6
+        assert np.array_equal(found["imgs"] == 0, file["imgs"] == 0), "background stays apart"
         assert np.array_equal(found["gts"], file["gts"])
 
 
@@ -107,6 +122,13 @@ def test_what_never_fits_leaves_nothing(
     assert "names that differ" in capsys.readouterr().err
     assert main([str(folders[0]), str(tmp_path / "vall"), "--out", str(out)]) == 1
     assert f"{tmp_path / 'vall'}: no .npz file" in capsys.readouterr().err
+    assert main([str(folders[0]), "--out", str(tmp_path / "x.zip")]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/x.zip; accepted: a file named *.tar.xz\n"
+    assert not (tmp_path / "x.zip").exists()
+    for size in ("inf", "nan", "0"):
+        with pytest.raises(SystemExit):
+            main([str(folders[0]), "--out", str(out), "--mib", size])
+        assert "accepted: a finite number above 0" in capsys.readouterr().err
 
 
 def test_from_an_archive_to_weights_and_figures_in_one_command(tmp_path: Path) -> None:

@@ -92,3 +92,36 @@ def test_a_folder_without_a_log_is_refused(
 ) -> None:
     assert main([str(tmp_path)]) == 1
     assert "no log.csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a,b\n1,2\n", "no column epoch, lr, loss, dice, dice_0"),
+        (b"a,b\n1,x\n", "could not convert"),
+        (b"a,b\n1," + b"x" * 140_000, "field larger"),
+        (b"\x93NUMPY", "codec can't decode"),
+    ],
+)
+def test_a_log_of_something_else_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes, message: str
+) -> None:
+    (tmp_path / "log.csv").write_bytes(text)
+    assert main([str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'log.csv'}: ") and said.count("\n") == 1
+    assert message in said and said.endswith("accepted: the log of a run\n")
+
+
+def test_samples_that_are_none_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _log(tmp_path, [1e-3] * 2)
+    samples = tmp_path / "samples.npz"
+    samples.write_bytes(b"PK\x03\x04junk")
+    assert main([str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "samples.npz: received a file that is a damaged" in said and said.count("\n") == 1
+    np.savez(samples, image=np.zeros((1, 4, 4)), target=np.zeros((1, 4, 5)))
+    assert main([str(tmp_path)]) == 1
+    assert "[(1, 4, 4), (1, 4, 5), (0,)]; accepted" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import SimpleITK as sitk
 from tests.conftest import CHECKOUT
 from tests.test_nifti import DIRECTIONS, blobs
 from tests.training.raw_images import arrays, rows, run, scan, write
+from training.preprocess import COLUMNS
 from training.raw_case import read_names
 
 
@@ -125,6 +126,39 @@ def test_a_stopped_run_goes_on(folders: tuple[Path, Path, Path]) -> None:
     assert [row["status"] for row in rows(out).values()] == ["done"] * 4
 
 
+def test_a_case_is_never_made_of_another_image(
+    folders: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither a good nor a damaged one of the same name, from wherever the command is run."""
+    images, _, out = folders
+    words = [out, "--modality", "CT"]
+    monkeypatch.chdir(images.parent)
+    assert run(images.name, *words) == 0
+    table, case = (out / "preprocess.csv").read_text(encoding="utf-8"), out / "CT_own_a.npz"
+    content = case.read_bytes()
+    for folder, content_of_a in (("b/images", (images / "a.nii.gz").read_bytes()), ("c", b"no")):
+        other = images.parent / folder
+        other.mkdir(parents=True)
+        (other / "a.nii.gz").write_bytes(content_of_a)
+        monkeypatch.chdir(other.parent)  # where "images" is another folder
+        assert run(other.name, *words) == 1
+        captured = capsys.readouterr()
+        assert captured.err == (
+            f"refused CT_own_a: {other.name}/a.nii.gz: the case was made of {images}/a.nii.gz; "
+            "accepted: another --dataset or name\n"
+        )
+        assert "0 converted, 0 already there, 1 refused" in captured.out
+        assert case.read_bytes() == content
+        assert (out / "preprocess.csv").read_text(encoding="utf-8") == table
+    other = images.parent / "b" / "images"
+    assert run(other, *words, "--dataset", "b") == 0
+    images.rename(images.with_name("moved"))  # moved, it is the same image
+    assert run(images.with_name("moved"), *words) == 0
+    assert sorted(rows(out)) == ["CT_b_a", "CT_own_a"]
+
+
 def test_other_settings_convert_again(folders: tuple[Path, Path, Path]) -> None:
     images, _, out = folders
     assert run(images, out, "--modality", "CT") == 0
@@ -169,6 +203,17 @@ def test_cases_are_held_out_and_stay_where_they_are(folders: tuple[Path, Path, P
     assert train <= more_train and val <= more_val
 
 
+def test_one_case_is_left_to_train_on(folders: tuple[Path, Path, Path]) -> None:
+    images, labels, out = folders
+    words = [images, out, "--labels", labels, "--modality", "CT", "--hold-out"]
+    assert run(*words, 0.2) == 0
+    assert [path.parent.name for path in out.rglob("*.npz")] == ["train"]
+    shutil.copy(images / "a.nii.gz", images / "b.nii.gz")
+    shutil.copy(labels / "a.nii.gz", labels / "b.nii.gz")
+    assert run(*words, 0.9) == 0
+    assert sorted(path.parent.name for path in out.rglob("*.npz")) == ["train", "val"]
+
+
 @pytest.mark.parametrize(
     "text",
     ['{"21": "liver"}', '{"liver": 21}', '{"labels": {"background": 0, "liver": 21}}'],
@@ -202,8 +247,19 @@ def test_what_cannot_start_ends_with_2(
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "preprocess.csv").write_text("a,b\n", encoding="utf-8")
+    image, wide = images / "a.nii.gz", tmp_path / "wide.csv"
+    wide.write_text(f"label,name\n1,{'x' * 140_000}\n", encoding="utf-8")
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "preprocess.csv").write_text(
+        f"{','.join(COLUMNS)}\n{'x' * 140_000}\n", encoding="utf-8"
+    )
     for words, message in (
         ([tmp_path / "no", out], "no such folder"),
+        ([image, out], "a.nii.gz: cannot be read as a table"),
+        ([wide, out], "wide.csv: cannot be read as a table (field larger"),
+        ([images, out, "--names", image], "a.nii.gz: cannot be read as names of labels"),
+        ([images, out, "--names", wide], "wide.csv: cannot be read as names of labels"),
+        ([images, tmp_path / "long"], "preprocess.csv: field larger"),
         ([tmp_path / "empty", out], "no image in it"),
         ([images, tmp_path / "other"], "accepted: a table of training.preprocess"),
         ([images, out, "--labels", tmp_path / "no"], "no such folder"),
