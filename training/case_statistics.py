@@ -23,7 +23,8 @@ from inference.policy import modality_of
 from inference.precision import choose_device
 from inference.resampling import window_cells
 from training.augmentation import masked_z_scores
-from training.manifest import read_structures
+from training.manifest import case_files, read_structures
+from training.volumes import SMALLEST_OBJECT, checked
 
 FEATURES = (
     "log voxels",
@@ -95,7 +96,7 @@ def describe_folder(
     Raises:
         ValueError: there is no labelled case, or a file or the manifest cannot be read as one.
     """
-    paths = sorted(path for path in folder.glob("*.npz") if not path.name.startswith("."))
+    paths = case_files(folder)
     if not paths:
         raise ValueError(f"{folder}: no .npz file; accepted: a folder of labelled cases")
     names = read_structures(folder)
@@ -136,21 +137,21 @@ def _describe(
 ) -> DescribedCase:
     with NpzFile(path) as file:
         image, labels, spacing = (file.get(key) for key in ("imgs", "gts", "spacing"))
-    if image is None or labels is None or image.shape != labels.shape or image.ndim != 3:
-        raise ValueError(f"{path}: accepted: imgs (D, H, W) and gts of its shape")
-    if spacing is None or spacing.size != 3 or not (spacing > 0).all():
-        raise ValueError(f"{path}: received spacing {spacing}; accepted: three positive numbers")
-    x, y, z = (float(v) for v in spacing.reshape(-1))
+    if image is None or labels is None or spacing is None:
+        raise ValueError(f"{path}: accepted: npz with imgs, gts and spacing")
+    labels, (z, y, x) = checked(path.stem, image, labels, spacing)
     labels = labels.astype(np.int32)
     objects = []
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         if place is None:
             continue
+        voxels = int((labels[place] == label).sum())
+        if voxels < SMALLEST_OBJECT:
+            continue
         if embedder is not None:
             features = embedder(image, labels == label, place, (z, y, x))
         else:
             features = statistics(image, labels, label, place, (z, y, x))
-        voxels = int((labels[place] == label).sum())
         objects.append(DescribedObject(label, "", voxels, features))
     return DescribedCase(path.stem, tuple(objects))
 

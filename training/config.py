@@ -190,17 +190,35 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0..1")
         if self.synthetic + self.supervoxels + self.shapes > 1:
             raise ValueError("synthetic, supervoxels and shapes add up to more than 1")
-        for name in ("batch", "accumulate", "rounds", "log_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: at least 1")
-        if self.epochs < 0 or (not self.epochs and self.steps < 1):
+        for least, names in _LEAST:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not least <= value < math.inf:
+                    raise ValueError(f"{name} is {value}; accepted: at least {least}")
+        for name in ("lr", "lr_prompts"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; accepted: above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}; accepted: from 0 to below 1")
+        if not 0 < self.box_scale[0] <= self.box_scale[1] < math.inf:
+            raise ValueError(f"box_scale is {self.box_scale}; accepted: least and most, above 0")
+        if not all(0 <= weight < math.inf for _, weight in self.modality_weights):
+            raise ValueError(f"modality_weights is {self.modality_weights}; accepted: 0 and more")
+        if not self.dice + self.cross_entropy + self.focal + self.boundary > 0:
+            raise ValueError("dice, cross_entropy, focal and boundary are 0; accepted: one above 0")
+        if not self.epochs and self.steps < 1:
             raise ValueError(
                 f"epochs is {self.epochs}, steps {self.steps}; accepted: at least 1 of either"
             )
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes is {self.minutes}; accepted: null, or above 0")
-        if not self.windows or self.windows[0][0] != 0:
-            raise ValueError(f"windows is {self.windows}; accepted: pairs, the first at 0.0")
+        starts = [start for start, _ in self.windows]
+        if starts[:1] != [0] or starts != sorted(set(starts)) or starts[-1] >= 1:
+            raise ValueError(
+                f"windows is {self.windows}; accepted: pairs, the first at 0.0, the others "
+                "ascending from there to below 1"
+            )
         stride = self.refiner.stride
         if self.network == "refiner" and any(n < 1 or n % stride for _, n in self.windows):
             raise ValueError(f"windows is {self.windows}; accepted: multiples of {stride}")
@@ -270,6 +288,13 @@ class Config:
         return plain
 
 
+#: The least that others may be.
+_LEAST = (
+    (1, ("batch", "accumulate", "rounds", "log_steps", "most_skipped")),
+    (0, ("epochs", "workers", "pointless_rounds", "warmup_steps", "hard", "checkpoint_minutes")),
+    (0, ("dice", "cross_entropy", "focal", "focal_gamma", "boundary", "iou")),
+    (0, ("lr_end", "lr_gamma", "weight_decay", "clip_norm", "seed")),
+)
 _PROBABILITIES = (
     *("no_box", "others", "sloppy_box", "zoom", "synthetic", "supervoxels", "shapes"),
     "joined",

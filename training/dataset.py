@@ -86,6 +86,11 @@ class WindowDataset:
         """Names of the datasets, modality first."""
         return self._planner.sources
 
+    @property
+    def never_shown(self) -> list[str]:
+        """Datasets that balanced sampling leaves out, since their modality has no weight."""
+        return self._planner.never_shown
+
     def draw(
         self,
         numbers: Sequence[int],
@@ -185,6 +190,8 @@ class WindowDataset:
         source = self.store.volumes[plan.volume].source
         if plan.kind in ("supervoxel", "shape"):
             source = f"Synthetic_{plan.kind}"
+        elif plan.kind == "painted":
+            source = "Painted"
         elsewhere = tuple(_outside(target, places) for places in plan.elsewhere)
         around = None if plan.around is None else self._surroundings(plan, plan.around)
         sample = Sample(

@@ -1,4 +1,4 @@
-"""``manifest.json`` beside labelled cases: what the structures of each file are called."""
+"""A folder of labelled cases: its files, and what ``manifest.json`` beside them calls their structures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ _ACCEPTED = (
     'a list of objects with "file" and, where they are known, "structures": names by label, such '
     'as {"1": "liver"}'
 )
+
+
+def case_files(folder: Path) -> list[Path]:
+    """The npz files of a folder, by name; hidden ones, as macOS leaves them, are none."""
+    return sorted(path for path in folder.glob("*.npz") if not path.name.startswith("."))
 
 
 def read_structures(folder: Path) -> dict[str, dict[str, str]]:

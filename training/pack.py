@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from inference.npz import NpzFile
+from training.manifest import case_files
 
 _FEWEST_BITS = 5
 
@@ -48,7 +49,7 @@ def pack(folders: Sequence[Path], out: Path, largest: int) -> int:
         raise ValueError(f"received folders called {names}; accepted: names that differ")
     paths = []
     for folder in folders:
-        found = sorted(folder.glob("*.npz"))
+        found = case_files(folder)
         if not found:
             raise ValueError(f"{folder}: no .npz file; accepted: a folder of cases or label maps")
         paths += found

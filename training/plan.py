@@ -130,6 +130,13 @@ class Planner:
         """Objects of an epoch."""
         return len(self._objects)
 
+    @property
+    def never_shown(self) -> list[str]:
+        """Datasets whose objects are never drawn."""
+        if self._config.sampling == "epochs":
+            return []
+        return [s for s, share in zip(self.sources, self._shares, strict=True) if not share]
+
     def plan(
         self,
         number: int,

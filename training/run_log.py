@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from inference.whole_file import replacing
 
 #: Columns of ``log.csv`` before those of the rounds, ``dice_0`` and so on.
 COLUMNS = ("step", "epoch", "minutes", "windows", "lr", "loss", "dice", "skipped")
@@ -38,12 +41,15 @@ class RunLog:
             total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), smoothing=0.1
         )
         kept = [row for row in read_log(self._path) if row["step"] <= step] if step else []
-        with self._path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            names = [*COLUMNS, *(f"dice_{i}" for i in range(rounds))]
+        names = [*COLUMNS, *(f"dice_{i}" for i in range(rounds))]
+        with replacing(self._path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            writer = csv.writer(text)
             writer.writerow(names)
             # The run may have had another number of rounds so far.
             writer.writerows([_cell(row.get(n, math.nan)) for n in names] for row in kept)
+            text.flush()
+            text.detach()
         self._events = _event_writer(folder, step) if tensorboard else None
         self._by_round: dict[str, str] = {}
 

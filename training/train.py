@@ -6,6 +6,7 @@ On several GPUs: ``torchrun --nproc-per-node N -m training.train ...``; ``batch`
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from training.volumes import load_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line and train; 0 at the end of the run, 1 after an error."""
+    """Parse the command line and train; 0 at the end, 1 after an error, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
     parser.add_argument("--config", type=Path, help="YAML, see training/configs; its defaults else")
     parser.add_argument("--data", type=Path, required=True, help="folder of npz with imgs and gts")
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         config = Config.load(options.config, options.set)
+        config = dataclasses.replace(config, init=options.init or config.init)
         with joined(options.device) as world:
             _train(options, config, world)
     except (OSError, ValueError, FloatingPointError) as error:
@@ -71,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -78,19 +83,26 @@ def _train(options: argparse.Namespace, config: Config, world: World) -> None:
     """Load everything, then run."""
     checkpoint = options.out / "checkpoint.pt"
     resuming = options.resume and checkpoint.is_file()
+    if checkpoint.is_file() and not resuming:
+        raise ValueError(f"{checkpoint} is there already; accepted: --resume, or another --out")
     say = print if world.first else _silent
     torch.manual_seed(config.seed)
     model = build_network(config).to(world.device)
-    init = options.init or config.init
-    if init and not resuming:
+    if config.init and not resuming:
         # A run that never shows a box goes on from the network that never saw one.
-        fresh = initialise(model, init, options.new, unboxed=config.no_box == 1)
+        fresh = initialise(model, config.init, options.new, unboxed=config.no_box == 1)
         if fresh:
             say(f"{len(fresh)} parameters start at random: {', '.join(fresh)}")
     cases = read_case_list(options.cases) if options.cases else None
     volumes = load_folder(options.data, cases)
     if options.label_maps:
-        volumes += load_folder(options.label_maps)
+        maps = load_folder(options.label_maps)
+        if shown := [volume.name for volume in maps if volume.image is not None]:
+            raise ValueError(
+                f"{options.label_maps}: {shown[0]} has imgs; accepted: label maps alone, whose "
+                "images are painted"
+            )
+        volumes += maps
     dataset = WindowDataset(volumes, config, "cpu" if config.workers else world.device)
     trainer = Trainer(model, dataset, config, options.out, world)
     say(
@@ -98,6 +110,8 @@ def _train(options: argparse.Namespace, config: Config, world: World) -> None:
         f"{dataset.store.bytes / 1e6:.0f} MB on {dataset.store.device}; {trainer.steps} steps",
         flush=True,
     )
+    if dataset.never_shown:
+        say(f"never shown, their modality having no weight: {', '.join(dataset.never_shown)}")
     if resuming:
         trainer.resume(checkpoint)
         say(f"going on from step {trainer.step}", flush=True)

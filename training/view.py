@@ -116,7 +116,8 @@ def about_click(view: View, edge: int, rng: np.random.Generator) -> Window:
     cube = max(view.size_mm) * float(np.exp(rng.uniform(np.log(0.4), np.log(4.0))))
     edges = [cube / mm for mm in view.spacing_mm]
     centre = [
-        p + float(rng.uniform(-0.1, 0.1)) * e for p, e in zip(view.deepest, edges, strict=True)
+        p + 0.5 + float(rng.uniform(-0.1, 0.1)) * e
+        for p, e in zip(view.deepest, edges, strict=True)
     ]
     return about_box(centre, edges, edge, view.spacing_mm)
 

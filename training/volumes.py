@@ -22,8 +22,9 @@ from inference.refinement import hull
 from training.click_simulation import challenge_box
 from training.evaluation.label_map import as_labels
 from training.evaluation.metrics import as_spacing
+from training.manifest import case_files
 
-_SMALLEST_OBJECT = 8  # voxels
+SMALLEST_OBJECT = 8  # voxels
 _LARGEST_LABEL = 32767
 _SURFACE_VOXELS = 64  # kept of each object
 _COARSEST = 32  # a pyramid ends where no axis is longer
@@ -115,7 +116,7 @@ def load_folder(folder: Path, cases: Sequence[str] | None = None) -> list[Labell
     Raises:
         ValueError: there is none, a listed one is missing, or :func:`load_volumes` refuses.
     """
-    paths = sorted(folder.glob("*.npz"))
+    paths = case_files(folder)
     if cases is not None:
         wanted = {Path(name).name.removesuffix(".npz") for name in cases}
         missing = sorted(wanted - {path.stem for path in paths})
@@ -135,6 +136,49 @@ def _volume(
     labels: NDArray[np.generic],
     spacing_xyz: NDArray[np.generic],
 ) -> LabelledVolume:
+    kept, (z, y, x) = checked(name, image, labels, spacing_xyz)
+    voxels = None
+    if image is not None:
+        clipped = np.clip(np.nan_to_num(image.astype(np.float32)), 0, 255)
+        voxels = torch.from_numpy(clipped.round().astype(np.uint8))
+    objects = []
+    for label, place in enumerate(ndimage.find_objects(kept.astype(np.int32)), start=1):
+        if place is None:
+            continue
+        mask = kept[place] == label
+        if mask.sum() >= SMALLEST_OBJECT:
+            start = (place[0].start, place[1].start, place[2].start)
+            objects.append(_measured(label, mask, start, (z, y, x)))
+    return LabelledVolume(name, voxels, torch.from_numpy(kept), (z, y, x), tuple(objects))
+
+
+def checked(
+    name: str,
+    image: NDArray[np.generic] | None,
+    labels: NDArray[np.generic],
+    spacing_xyz: NDArray[np.generic],
+) -> tuple[NDArray[np.unsignedinteger | np.int16], Point]:
+    """What training takes of a case's arrays, for whoever else judges what it may be trained on.
+
+    Args:
+        name: of the case.
+        image: ``imgs``, if there are any.
+        labels, spacing_xyz: ``gts`` and ``spacing``.
+
+    Returns:
+        (D, H, W) labels, uint8 or int16, and the spacing (z, y, x).
+
+    Raises:
+        ValueError: arrays of other kinds, shapes or ranges.
+    """
+    given = {"gts": labels, "spacing": spacing_xyz} | ({} if image is None else {"imgs": image})
+    for key, array in given.items():
+        fits = key == "spacing" or array.ndim == 3
+        if array.dtype.kind not in "biuf" or not array.size or not fits:
+            raise ValueError(
+                f"{name}: received {key} of {array.dtype} and shape {array.shape}; accepted: "
+                "numbers, imgs and gts (D, H, W)"
+            )
     try:
         x, y, z = as_spacing(spacing_xyz.reshape(-1))
         kept = np.ascontiguousarray(as_labels(labels))
@@ -144,21 +188,17 @@ def _volume(
         if kept.max() > _LARGEST_LABEL:
             raise ValueError(f"{name}: label {kept.max()}; accepted: up to {_LARGEST_LABEL}")
         kept = kept.astype(np.uint8 if kept.max() < 256 else np.int16)  # torch has no uint16
-    voxels = None
     if image is not None:
         if image.shape != labels.shape:
             raise ValueError(f"{name}: imgs {image.shape} and gts {labels.shape} differ in shape")
-        clipped = np.clip(np.nan_to_num(image.astype(np.float32)), 0, 255)
-        voxels = torch.from_numpy(clipped.round().astype(np.uint8))
-    objects = []
-    for label, place in enumerate(ndimage.find_objects(kept.astype(np.int32)), start=1):
-        if place is None:
-            continue
-        mask = kept[place] == label
-        if mask.sum() >= _SMALLEST_OBJECT:
-            start = (place[0].start, place[1].start, place[2].start)
-            objects.append(_measured(label, mask, start, (z, y, x)))
-    return LabelledVolume(name, voxels, torch.from_numpy(kept), (z, y, x), tuple(objects))
+        low, high = np.nanmin(image), np.nanmax(image)
+        fractions = image.dtype.kind == "f" and 0 < high <= 1
+        if low < 0 or high > 255 or fractions:
+            raise ValueError(
+                f"{name}: imgs from {low:g} to {high:g}; accepted: 0 to 255, which "
+                "training.preprocess makes of any image"
+            )
+    return kept, (z, y, x)
 
 
 def _measured(

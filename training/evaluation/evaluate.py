@@ -47,7 +47,7 @@ from training.evaluation.predictors import (
 from training.evaluation.protocol import CaseResult, run_case
 from training.evaluation.results import RunFolder, list_runs, write_csv
 from training.evaluation.summary import format_stress, format_table, stress_rows, summarise
-from training.manifest import read_structures
+from training.manifest import case_files, read_structures
 
 #: A case's result and last label map, or why it could not be read.
 _Outcome = tuple[CaseResult, NDArray[np.uint8]] | str
@@ -150,7 +150,7 @@ def _variants(text: str) -> list[PromptVariant]:
 
 
 def _list_cases(folder: Path, limit: int | None) -> list[Path]:
-    paths = sorted(path for path in folder.glob("*.npz") if not path.name.startswith("."))
+    paths = case_files(folder)
     if not paths:
         raise ValueError(f"cases folder {folder}: no .npz file")
     if limit is not None and limit < len(paths):

@@ -34,6 +34,7 @@ from training.evaluation.metrics import CLICK_ROUNDS
 from training.evaluation.perturbation import EXACT, PromptVariant
 from training.evaluation.predictors import InProcess
 from training.evaluation.protocol import run_case
+from training.manifest import case_files
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def record_folder(
     place = hashlib.sha256(str(cases.resolve()).encode()).hexdigest()
     folder = out / f"{cases.name}-{place[:8]}-{sha256_of(weights)[:8]}-{settings}"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = sorted(path for path in cases.glob("*.npz") if not path.name.startswith("."))
+    paths = case_files(cases)
     if not paths:
         raise ValueError(f"cases folder {cases}: no .npz file")
     if per_modality is not None:

@@ -24,7 +24,7 @@ from scipy import ndimage
 from training.augmentation import Chance
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.results import is_same_folder
-from training.manifest import read_structures
+from training.manifest import case_files, read_structures
 from training.preprocess import save_case
 from training.raw_case import challenge_boxes
 
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="where files of their names go")
     options = parser.parse_args(arguments)
     try:
-        paths = sorted(options.cases.glob("*.npz"))
+        paths = case_files(options.cases)
         if not paths:
             raise ValueError(f"{options.cases}: no .npz; accepted: challenge files")
         read_structures(options.cases)  # or each case would tell what is wrong with it
