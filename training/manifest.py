@@ -1,4 +1,4 @@
-"""A folder of labelled cases: its files, and what ``manifest.json`` beside them calls their structures."""
+"""Folders of labelled cases: their files, and what ``manifest.json`` calls their structures."""
 
 from __future__ import annotations
 

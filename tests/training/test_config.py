@@ -88,6 +88,19 @@ def test_overrides_beat_the_file(tmp_path: Path) -> None:
         ("init=3", "init is 3; accepted: text or null"),
         ("refiner=3", "refiner is 3; accepted: keys and values"),
         ("refiner.blocks=3", "blocks is 3; accepted"),
+        (
+            "windows=[[0.0, 16], [7.0, 32]]",
+            "accepted: pairs, the first at 0.0, the others ascending",
+        ),
+        ("windows=[[0.0, 16], [0.5, 32], [0.5, 48]]", "ascending from there to below 1"),
+        ("betas=[1.5, 0.9]", r"betas is \(1.5, 0.9\); accepted: from 0 to below 1"),
+        ("clip_norm=-1.0", "clip_norm is -1.0; accepted: at least 0"),
+        ("warmup_steps=-5", "warmup_steps is -5; accepted: at least 0"),
+        ("weight_decay=.nan", "weight_decay is nan; accepted: at least 0"),
+        ("lr=0.0", "lr is 0.0; accepted: above 0"),
+        ("lr_prompts=.inf", "lr_prompts is inf; accepted: above 0"),
+        ("box_scale=[-1.0, -0.5]", "accepted: least and most, above 0"),
+        ("modality_weights=[[CT, -1.0]]", "modality_weights is .*; accepted: 0 and more"),
         ("steps=0", "epochs is 0, steps 0; accepted"),
         ("minutes=0", "minutes is 0; accepted: null, or above 0"),
         ("no_mask=-0.1", r"no_mask is -0.1; accepted: 0\.\.1"),
@@ -110,6 +123,11 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             Config.load(path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_loss_has_a_term() -> None:
+    with pytest.raises(ValueError, match="accepted: one above 0"):
+        Config.load(None, ["dice=0", "cross_entropy=0"])
 
 
 def test_muon_is_for_the_refiner() -> None:

@@ -272,7 +272,7 @@ def test_errors_are_one_line(
     out = tmp_path / "list.json"
     for words, message in (
         (["--data", tmp_path, "--out", out], "no .npz file; accepted: a folder of labelled"),
-        (["--data", tmp_path / "bare", "--out", out], "accepted: imgs (D, H, W) and gts of its"),
+        (["--data", tmp_path / "bare", "--out", out], "accepted: npz with imgs, gts and spacing"),
         (["--data", tmp_path / "flat", "--out", out], "accepted: three positive numbers"),
         (["--data", folder, "--out", out, "--cases", 13], "received 13 cases of 12"),
         *(

@@ -296,7 +296,7 @@ def test_synthetic_objects_stand_out_and_have_their_box(folder: Path, kind: str)
     shares = {"synthetic": 0.0, "supervoxels": 0.0, "shapes": 0.0, kind: 1.0}
     dataset = _dataset(folder, **shares, no_box=0.0, noise=0.0)
     samples = dataset.draw(range(24), 24)
-    name = {"synthetic": "LM_balls", "supervoxels": "Synthetic_supervoxel"}
+    name = {"synthetic": "Painted", "supervoxels": "Synthetic_supervoxel"}
     assert {s.source for s in samples} == {name.get(kind, "Synthetic_shape")}
     contrast = []
     for sample in samples:

@@ -81,6 +81,73 @@ def test_a_case_that_cannot_be_read_is_named(
     assert "CT_bad" in said and expected in said
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"imgs": np.linspace(-1000, 400, 8**3).reshape(8, 8, 8)}, "imgs from -1000 to 400"),
+        ({"imgs": np.linspace(0, 1, 8**3).reshape(8, 8, 8)}, "imgs from 0 to 1"),
+        ({"imgs": np.full((8, 8, 8), 300, np.uint16)}, "imgs from 300 to 300"),
+        ({"gts": np.ones((8, 8), np.uint8)}, "gts of uint8 and shape (8, 8)"),
+        ({"gts": np.ones((0, 8, 8), np.uint8)}, "gts of uint8 and shape (0, 8, 8)"),
+        ({"gts": np.full((8, 8, 8), "liver")}, "gts of <U5 and shape (8, 8, 8)"),
+        ({"spacing": np.array(["1", "1", "1"])}, "spacing of <U1 and shape (3,)"),
+    ],
+)
+def test_arrays_that_training_would_spoil_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, np.ndarray], said: str
+) -> None:
+    good = np.zeros((8, 8, 8), np.uint8)
+    good[2:6, 2:6, 2:6] = 1
+    arrays = {"imgs": good * 100, "gts": good, "spacing": np.ones(3)} | changed
+    np.savez(folder / "CT_odd_1.npz", **arrays)
+    line = refused(command(folder), capsys)
+    assert f"CT_odd_1: {'' if 'imgs' in changed else 'received '}{said}; accepted: " in line
+
+
+def test_a_run_that_is_there_is_not_begun_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(folder)) == 0
+    before = {path: path.read_bytes() for path in (folder / "out").iterdir()}
+    assert "is there already; accepted: --resume, or another" in refused(command(folder), capsys)
+    assert {path: path.read_bytes() for path in (folder / "out").iterdir()} == before
+    assert main([*command(folder), "--resume"]) == 0
+
+
+def test_label_maps_are_without_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused([*command(folder), "--label-maps", str(folder)], capsys)
+    assert f"{folder}: CT_balls_0 has imgs; accepted: label maps alone" in line
+
+
+def test_what_a_run_began_with_stands_in_its_configuration(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(folder)) == 0
+    (folder / "out").rename(folder / "first")
+    start = str(folder / "first" / "checkpoint.pt")
+    np.savez(folder / "OCT_eye_1.npz", **np.load(folder / "CT_balls_0.npz"))
+    assert main([*command(folder), "--init", start]) == 0
+    said = capsys.readouterr().out
+    assert "never shown, their modality having no weight: OCT_eye" in said
+    assert yaml.safe_load((folder / "out" / "config.yaml").read_text())["init"] == start
+
+
+def test_an_interruption_is_a_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(trainer: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "take_step", interrupted)
+    assert main(command(folder)) == 130
+    assert capsys.readouterr().err == "interrupted; --resume goes on from the last checkpoint\n"
+
+
+def test_hidden_files_are_no_cases(folder: Path) -> None:
+    (folder / "._CT_balls_0.npz").write_bytes(b"macOS")
+    assert main(command(folder)) == 0
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
