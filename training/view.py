@@ -152,14 +152,27 @@ def public_window(view: View, edge: int) -> Window:
 
 
 def zoomed_window(window: Window, view: View, edge: int, rng: np.random.Generator) -> Window:
-    """A finer window within another, about a random surface voxel, as the second pass sees it."""
-    surface = view.surface
-    point = surface[rng.integers(len(surface))].tolist()
-    share = float(rng.uniform(0.3, 0.75))
-    edges = [round(min(max(s * share, edge), s)) for s in window.size]
+    """A finer window within another, as the second pass has them (inference/second_pass.py).
+
+    Half of them show the whole object, as one tile does, the others a part of the window about a
+    random voxel of the object's surface, as one of several tiles.
+    """
+    whole = rng.random() < 0.5
+    off = rng.uniform(-0.05, 0.05, 3) if whole else rng.uniform(-0.25, 0.25, 3)
+    if whole:
+        corner, opposite, _ = view.edges
+        size = [b - a for a, b in zip(corner, opposite, strict=True)]
+        centre = [(a + b + 1) / 2 for a, b in zip(corner, opposite, strict=True)]
+        about = about_box(centre, size, edge, view.spacing_mm, float(rng.uniform(1.1, 1.4)))
+        wanted = [float(n) for n in about.size]
+    else:
+        centre = [p + 0.5 for p in view.surface[rng.integers(len(view.surface))].tolist()]
+        share = float(rng.uniform(0.3, 0.75))
+        wanted = [n * share for n in window.size]
+    edges = [round(min(max(w, edge), n)) for w, n in zip(wanted, window.size, strict=True)]
     low = [
-        min(max(round(p - e * float(rng.uniform(0.25, 0.75))), a), b - e)
-        for p, e, a, b in zip(point, edges, window.start, window.stop, strict=True)
+        min(max(round(c + float(o) * e - e / 2), a), b - e)
+        for c, o, e, a, b in zip(centre, off, edges, window.start, window.stop, strict=True)
     ]
     high = [a + e for a, e in zip(low, edges, strict=True)]
     return Window((low[0], low[1], low[2]), (high[0], high[1], high[2]), window.shape)

@@ -59,6 +59,18 @@ def test_a_close_look_shows_a_part_of_its_surroundings(folder: Path) -> None:
             assert 0 < size <= 1 and first > -0.6 and first + 15 * size < 15.6
 
 
+def test_close_looks_show_the_whole_object_or_a_part(folder: Path) -> None:
+    """As the second pass does, in one tile or in several: about half of each."""
+    whole = []
+    for sample, around in _close_looks(folder, box_scale=(2.2, 2.2), permute=0.0, flip=0.0):
+        assert sample.target.any() and not sample.target.all()
+        low, high = (torch.tensor(c) for c in around.prompts(sample.prompts).box or ((), ()))
+        first, size = torch.tensor(around.first), torch.tensor(around.size)
+        shown = (first - size / 2 < low + 0.8) & (first + 15.5 * size > high - 0.8)
+        whole.append(bool(shown.all()))
+    assert 8 < sum(whole) < 24, "of thirty"
+
+
 def test_intensities_are_changed_alike(folder: Path) -> None:
     for sample, around in _close_looks(folder, gamma=1.0, inversion=0.5):
         both = sample.inside & (around.shown(around.inside.float(), 16) == 1)
