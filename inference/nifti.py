@@ -1,6 +1,7 @@
 """Medical image files to cases and label maps back to medical image files.
 
     python -m inference.nifti to-npz IMAGE CASE.npz [--window bone] [--labels SEG | --box ...]
+        [--click ...] [--previous SEGS.npz]
     python -m inference.nifti to-nifti SEGS.npz IMAGE OUT.nii.gz
 
 IMAGE is whatever SimpleITK reads (NIfTI, NRRD, MHA, ...) or a folder with a DICOM series. A case
@@ -44,6 +45,7 @@ def to_case(
     labels: sitk.Image | None = None,
     boxes: Sequence[Sequence[int]] = (),
     clicks: Sequence[tuple[int, str, tuple[int, int, int]]] = (),
+    previous: NDArray[np.uint8] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """A case in the challenge's format from an image and prompts.
 
@@ -55,11 +57,14 @@ def to_case(
         boxes: one a class: x_min, x_max, y_min, y_max, z_min, z_max, both ends inside, voxel
             indices of ``image`` counted from 0.
         clicks: class, ``"fg"`` or ``"bg"``, and voxel index (x, y, z) of ``image``; oldest first.
+        previous: ``prev_pred``, the result of the case that held all prompts but the newest.
 
     Raises:
-        ValueError: if labels lie on another grid, there are more than 255, or a prompt is outside.
+        ValueError: if labels or ``previous`` lie on another grid, there are more than 255, a prompt
+            is outside, or ``previous`` has a class that there is no box of while others have one.
     """
-    named = max((label for label, _, _ in clicks), default=0)
+    before = 0 if previous is None else int(previous.max(initial=0))
+    named = max((before, *(label for label, _, _ in clicks)))
     if max(len(boxes), named) > MAX_CLASSES:
         received = f"{len(boxes)} boxes, clicks on class {named}"
         raise ValueError(f"received {received}; accepted: classes 1 to {MAX_CLASSES}")
@@ -68,6 +73,9 @@ def to_case(
         "imgs": to_uint8(_array(turned), window),
         "spacing": np.array(turned.GetSpacing()),
     }
+    if previous is not None:
+        _check_shape(previous, turned)
+        case["prev_pred"] = previous
     stored: list[dict[str, int]] = []
     if labels is not None:
         case["gts"] = renumbered(axial_labels(labels, image))
@@ -79,6 +87,11 @@ def to_case(
         box = {"z_min": low[0], "z_max": high[0], "z_mid": (low[0] + high[0] + 1) // 2}
         box |= {"z_mid_y_min": low[1], "z_mid_y_max": high[1]}
         stored.append(box | {"z_mid_x_min": low[2], "z_mid_x_max": high[2]})
+    if stored and before > len(stored):
+        raise ValueError(
+            f"received {len(stored)} boxes and a previous result of {before} classes; "
+            "accepted: a box of every class, or none"
+        )
     if stored:
         case["boxes"] = np.array(stored, dtype=object)
     if clicks:
@@ -112,11 +125,7 @@ def to_image(label_map: NDArray[np.uint8], source: sitk.Image) -> sitk.Image:
     import SimpleITK as sitk
 
     turned = _turned(source, AXIAL)
-    if label_map.shape != turned.GetSize()[::-1]:
-        raise ValueError(
-            f"received a label map of shape {label_map.shape}; accepted: "
-            f"{turned.GetSize()[::-1]}, the shape of the image in axial slices"
-        )
+    _check_shape(label_map, turned)
     image = sitk.GetImageFromArray(label_map)
     image.CopyInformation(turned)
     result = _turned(image, orientation_of(source))
@@ -185,6 +194,14 @@ def renumbered(labels: NDArray[Any]) -> NDArray[np.uint8]:
     return np.searchsorted(table, labels).astype(np.uint8)
 
 
+def _check_shape(label_map: NDArray[np.uint8], turned: sitk.Image) -> None:
+    if label_map.shape != turned.GetSize()[::-1]:
+        raise ValueError(
+            f"received a label map of shape {label_map.shape}; accepted: "
+            f"{turned.GetSize()[::-1]}, the shape of the image in axial slices"
+        )
+
+
 def _check_same_grid(image: sitk.Image, other: sitk.Image) -> None:
     for name in ("Size", "Spacing", "Origin", "Direction"):
         expected, received = (getattr(i, f"Get{name}")() for i in (image, other))
@@ -232,6 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar=("CLASS", "fg|bg", "X", "Y", "Z"),
         help="a click on a voxel of IMAGE, from 0; oldest first",
     )
+    forth.add_argument(
+        "--previous",
+        type=Path,
+        metavar="SEGS",
+        help="npz file with segs, the result of the round before: what the newest clicks refine",
+    )
     back = commands.add_parser("to-nifti", help="give a result the geometry of its image")
     back.add_argument("segs", type=Path, help="npz file with segs")
     back.add_argument("image", type=Path, help="the image the case was made from")
@@ -276,7 +299,8 @@ def _to_npz(options: argparse.Namespace) -> None:
     image = read_volume(options.image, options.series)
     labels = read_volume(options.labels) if options.labels else None
     clicks = [_click(words) for words in options.click]
-    case = to_case(image, options.window, labels, options.box, clicks)
+    previous = _read_segs(options.previous) if options.previous else None
+    case = to_case(image, options.window, labels, options.box, clicks, previous)
     if not {"boxes", "clicks"} & set(case):
         print(f"{options.case}: nothing to segment in it yet (--labels, --box)", file=sys.stderr)
     options.case.parent.mkdir(parents=True, exist_ok=True)
@@ -291,20 +315,25 @@ def _to_npz(options: argparse.Namespace) -> None:
             print(f"class {label}: label {name:g}, {np.sum(case['gts'] == label)} voxels")
 
 
-def _to_nifti(options: argparse.Namespace) -> None:
-    check_output(options.out, options.image)
-    source = read_volume(options.image, options.series)
-    with NpzFile(options.segs) as arrays:
+def _read_segs(path: Path) -> NDArray[np.uint8]:
+    with NpzFile(path) as arrays:
         if "segs" not in arrays:
-            raise ValueError(f"{options.segs}: received keys {list(arrays)}; accepted: segs")
+            raise ValueError(f"{path}: received keys {list(arrays)}; accepted: segs")
         label_map = arrays["segs"]
-    labels = label_map
+    labels: NDArray[Any] = label_map
     if labels.dtype != np.uint8 and labels.dtype.kind in "biuf":
         with np.errstate(invalid="ignore"):
             labels = labels.astype(np.uint8)
     if labels.dtype != np.uint8 or not np.array_equal(labels, label_map):
         kind = f"segs of {label_map.dtype} and shape {label_map.shape}"
-        raise ValueError(f"{options.segs}: received {kind}; accepted: whole numbers 0 to 255")
+        raise ValueError(f"{path}: received {kind}; accepted: whole numbers 0 to 255")
+    return labels
+
+
+def _to_nifti(options: argparse.Namespace) -> None:
+    check_output(options.out, options.image)
+    source = read_volume(options.image, options.series)
+    labels = _read_segs(options.segs)
     image = to_image(labels, source)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_volume(image, options.out, options.image)

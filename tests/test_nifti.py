@@ -315,6 +315,7 @@ def test_errors_are_one_line_and_status_1(
     save_segmentation(tmp_path / "segs.npz", challenge_case()["gts"])
     np.savez(tmp_path / "b.npz", gts=np.zeros((2, 3, 4)))
     np.savez(tmp_path / "i.npz", segs=np.full((2, 3, 4), 300, np.int16))
+    np.savez(tmp_path / "p.npz", segs=np.full(SIZE[::-1], 2, np.uint8))
     np.savez(tmp_path / "f.npz", segs=np.full((2, 3, 4), 0.7))
     np.savez(tmp_path / "o.npz", segs=np.array([{}], object))
     out = str(tmp_path / "CT.npz")
@@ -331,6 +332,9 @@ def test_errors_are_one_line_and_status_1(
         f"to-npz {image} {out} --labels {seg} --click 3 fg 0 0 0": "classes 1 to 2",
         f"to-nifti {tmp_path}/segs.npz {image} {seg}": "received a label map of shape",
         f"to-nifti {tmp_path}/b.npz {image} {seg}": "received keys ['gts']; accepted: segs",
+        f"to-npz {image} {out} --previous {tmp_path}/segs.npz": "received a label map of shape",
+        f"to-npz {image} {out} --previous {tmp_path}/b.npz": "b.npz: received keys ['gts']",
+        f"to-npz {image} {out} --previous {tmp_path}/p.npz --box 0 1 0 1 0 1": "1 boxes and a p",
         f"to-npz {image} {out} --click 256 fg 0 0 0": "0 boxes, clicks on class 256; accepted",
         f"to-nifti {tmp_path}/i.npz {image} {seg}": "segs of int16 and shape (2, 3, 4); accepted",
         f"to-nifti {tmp_path}/f.npz {image} {seg}": "segs of float64 and shape (2, 3, 4); accepted",
