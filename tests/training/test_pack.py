@@ -83,7 +83,7 @@ def test_images_are_bytes_and_folders_keep_their_names(folders: list[Path], tmp_
 
 def test_intensities_are_rounded_as_training_rounds_them(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    image = np.array([1.7, 99.9, 254.6, 300.0, -1.0, np.nan, 0.5, 1.5], np.float32).reshape(2, 2, 2)
+    image = np.array([1.7, 99.9, 254.6, 255.0, 0.0, np.nan, 0.5, 1.5], np.float32).reshape(2, 2, 2)
     case = tmp_path / "train" / "MR_a_0.npz"
     np.savez(case, imgs=image, gts=np.ones(image.shape, np.uint8), spacing=[1.0, 1.0, 1.0])
     (tmp_path / "there").mkdir()
