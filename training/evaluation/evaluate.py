@@ -51,7 +51,10 @@ from training.manifest import case_files, read_structures
 
 #: A case's result and last label map, or why it could not be read.
 _Outcome = tuple[CaseResult, NDArray[np.uint8]] | str
-_SCORING = ("clicks", "label_map", "metrics", "perturbation", "protocol", "surface_dice")
+_SCORING = (
+    *("clicks", "label_map", "labelled_case", "metrics", "perturbation", "protocol"),
+    "surface_dice",
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
