@@ -369,9 +369,10 @@ def _write_pages(
 ) -> None:
     """The tables and the page about all runs in the folder."""
     runs = list_runs(options.out)
-    rows = [{"run": run.name, **row} for run in runs for row in summarise(run.results())]
+    found = {run.name: results for run in runs if (results := run.results())}
+    rows = [{"run": name, **row} for name, results in found.items() for row in summarise(results)]
     write_csv(options.out / "summary.csv", rows)
-    stressed = stress_rows({run.name: run.results() for run in runs})
+    stressed = stress_rows(found)
     if stressed:
         write_csv(options.out / "stress.csv", stressed)
         print(f"\n{format_stress(stressed)}")

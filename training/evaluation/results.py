@@ -63,7 +63,8 @@ class RunFolder:
             file.write(json.dumps(settings, indent=1).encode())
 
     def _forget(self) -> None:
-        """Remove the cases done, the settings last: where they are gone no case is left."""
+        """Remove the table and the cases done, the settings last: without them no case is left."""
+        self.metrics_csv.unlink(missing_ok=True)
         for path in self._cases.glob("*.json"):
             segs = path.with_suffix(".npz")
             if path != self._settings and segs.is_file():
