@@ -206,8 +206,13 @@ def _pictures(run: RunFolder, results: Sequence[CaseResult]) -> str:
         dsc = [result.class_scores("dsc", i)[-1] for i in range(len(result.labels))]
         index = int(np.argmin(np.abs(np.array(dsc) - np.mean(dsc))))
         try:
-            case = run.load_case(result.name)
-            png = figures.slices_through_object(case, result, run.load_segs(result.name), index)
+            case, segs = run.load_case(result.name), run.load_segs(result.name)
+            reference = case.reference
+            if (reference.voxels.shape, tuple(reference.labels)) != (result.shape, result.labels):
+                raise ValueError("the case has other labels or another shape since")
+            if segs.shape != result.shape:
+                raise ValueError(f"a label map of shape {segs.shape}")
+            png = figures.slices_through_object(case, result, segs, index)
         except (ValueError, OSError) as error:  # an old run's cases may have moved
             note = html.escape(f"{word}: {result.name}, not shown: {error}")
             parts.append(f'<p class="note">{note}</p>')
