@@ -36,7 +36,7 @@ from training.evaluation.comparison import (
 )
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.metrics import area_under_curve
-from training.evaluation.perturbation import VARIANTS, PromptVariant
+from training.evaluation.perturbation import VARIANTS, BoxesError, PromptVariant
 from training.evaluation.predictors import (
     Predictor,
     PredictorChoice,
@@ -311,8 +311,8 @@ def _run_all(
         initargs=(choice, options.jobs),
     ) as pool:
         try:
-            tasks = [pool.submit(_run_in_worker, path, *how) for path in paths]
-            for task in as_completed(tasks):
+            # Nobody else keeps the tasks: with each goes its label map.
+            for task in as_completed([pool.submit(_run_in_worker, path, *how) for path in paths]):
                 yield task.result()
         except BrokenProcessPool:
             raise ChildProcessError(
@@ -331,7 +331,10 @@ def _run_one(
     except (ValueError, OSError) as error:  # one bad case must not end the run
         reason = " ".join(str(error).split())
         return reason if path.name in reason else f"{path.name}: {reason}"
-    return run_case(case, predictor, variant)
+    try:
+        return run_case(case, predictor, variant)
+    except BoxesError as error:
+        return f"{path.name}: {error}"
 
 
 _worker_predictor: Predictor

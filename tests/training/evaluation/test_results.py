@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
+import weakref
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,8 @@ import pytest
 from tests.phantoms import challenge_case, write_npz
 from training.evaluation import evaluate
 from training.evaluation.evaluate import main
+from training.evaluation.perturbation import EXACT
+from training.evaluation.predictors import PredictorChoice
 from training.evaluation.results import read_csv
 
 
@@ -76,3 +82,49 @@ def test_a_file_that_is_damaged_is_told_by_its_name(cases, capsys, name, text):
     assert run(cases, "box", "--no-report") == 2
     said = capsys.readouterr().err
     assert str(out / "box" / name) in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("boxes", [np.zeros((2, 6), int), np.array([{"z_min": 1}] * 2, object)])
+def test_boxes_that_cannot_be_moved_stop_no_other_case(cases, capsys, boxes):
+    write_npz(cases / "CT_odd.npz", challenge_case((8, 24, 28), 2) | {"boxes": boxes})
+    assert run(cases, "box", "--no-report", "--prompts", "box-jitter-5") == 1
+    said = capsys.readouterr().err
+    assert "error: CT_odd.npz: box 1: received " in said and said.count("\n") == 1
+    table = read_csv(cases.parent / "out" / "box@box-jitter-5_metrics.csv")
+    assert [row["CaseName"] for row in table] == ["CT_a.npz"]
+
+
+def test_label_maps_are_let_go_once_they_are_consumed(monkeypatch):
+    """Those of a day's cases would not fit the memory."""
+    alive = []
+
+    class Pool:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def shutdown(self, **_):
+            pass
+
+        def submit(self, *_):
+            segs, done = np.zeros(3).view(Watched), Future()
+            alive.append(weakref.ref(segs))
+            done.set_result(("result", segs))
+            return done
+
+    class Watched(np.ndarray):
+        pass
+
+    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", Pool)
+    options = argparse.Namespace(jobs=2, references=None, no_boxes=False)
+    outcomes = evaluate._run_all([Path("a")] * 9, PredictorChoice("box"), options, EXACT)
+    for left in range(8, -1, -1):
+        outcome = next(outcomes)
+        del outcome
+        gc.collect()
+        assert sum(segs() is not None for segs in alive) <= left + 1
