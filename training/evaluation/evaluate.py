@@ -8,7 +8,6 @@ status: 0 all predictions came back, 1 some failed, 2 nothing could start.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import itertools
 import multiprocessing
@@ -25,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-import inference
 from inference.finishing import DEFAULT, POSTPROCESSING
 from inference.model.weights import find_weights, sha256_of
+from training.evaluation.code_version import code_of
 from training.evaluation.comparison import (
     Difference,
     compare,
@@ -51,10 +50,6 @@ from training.manifest import case_files, read_structures
 
 #: A case's result and last label map, or why it could not be read.
 _Outcome = tuple[CaseResult, NDArray[np.uint8]] | str
-_SCORING = (
-    *("clicks", "label_map", "labelled_case", "metrics", "perturbation", "protocol"),
-    "surface_dice",
-)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -220,20 +215,8 @@ def _settings(
         settings["image"] = f"{choice.image} {image_id(choice.image)}"
     references = str(options.references.resolve()) if options.references else ""
     cases = {"cases": str(options.cases.resolve()), "references": references}
-    code = {"code": _code_of(choice.kind)}
+    code = {"code": code_of(choice.kind)}
     return {**settings, **cases, "boxes": not options.no_boxes, "prompts": variant.name, **code}
-
-
-def _code_of(kind: str) -> str:
-    """Hash of the modules a predictor and its scores come from; a command's is not known."""
-    here = Path(__file__).parent
-    modules = [here / f"{name}.py" for name in _SCORING]
-    if kind not in ("command", "image"):
-        package = Path(inference.__file__).parent
-        modules += sorted([*package.rglob("*.py"), *package.rglob("*.toml")])  # rules are code, too
-    if kind not in ("command", "image", "segmenter"):
-        modules.append(here / "baselines.py")
-    return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
 
 
 def _evaluate(

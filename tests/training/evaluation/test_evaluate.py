@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.phantoms import challenge_case, write_npz
-from training.evaluation import evaluate
+from training.evaluation import code_version, evaluate
 from training.evaluation.comparison import compare
 from training.evaluation.evaluate import main
 from training.evaluation.results import RunFolder, list_runs, read_csv
@@ -114,7 +114,7 @@ def test_other_settings_need_another_folder(cases, tmp_path, monkeypatch, capsys
     assert run(cases, tmp_path, "--predictor", "box") == 0
     assert run(cases, tmp_path, "--predictor", "box", "--no-boxes") == 2
     assert "boxes True -> False" in capsys.readouterr().err
-    monkeypatch.setattr(evaluate, "_SCORING", ("clicks",))  # as if the code had changed
+    monkeypatch.setattr(code_version, "_SCORING", ("clicks",))  # as if the code had changed
     assert run(cases, tmp_path, "--predictor", "box") == 2
     assert "(code '" in capsys.readouterr().err
     monkeypatch.undo()
