@@ -18,7 +18,7 @@ from tests.phantoms import challenge_case, write_npz
 from training.evaluation import code_version, evaluate
 from training.evaluation.comparison import compare
 from training.evaluation.evaluate import main
-from training.evaluation.results import RunFolder, list_runs, read_csv
+from training.evaluation.results import RunFolder, list_runs, read_csv, write_csv
 from training.evaluation.summary import COLUMNS, bootstrap, modality_rows
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -322,8 +322,9 @@ def official(path: Path, finals: dict[str, float]) -> Path:
     columns = ("DSC_1", "DSC_AUC", "DSC_Final", "NSD_1", "NSD_AUC", "NSD_Final")
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["CaseName", *columns])
-        writer.writerows([name, *[value] * 6] for name, value in finals.items())
+        times = ["RunningTime_1", "TotalRunningTime", "runtime_upperbound"]
+        writer.writerow(["CaseName", *columns, *times])
+        writer.writerows([name, *[value] * 6, 1, 6, 90] for name, value in finals.items())
     return path
 
 
@@ -335,6 +336,14 @@ def test_comparison_is_paired_by_case(tmp_path):
     assert (final.better, final.worse) == (9, 0)
     assert final.mean == pytest.approx(0.045)
     assert final.p_value == pytest.approx(2 / 2**9)
+    # Cases that one of the runs held without boxes have no first round to compare.
+    boxless = read_csv(theirs)
+    for row in boxless[:4]:
+        row |= {"RunningTime_1": 0.0, "DSC_1": 0.0, "NSD_1": 0.0}
+    write_csv(theirs, boxless)
+    assert [len(d.cases) for d in compare(ours, theirs)] == [6, 10, 10, 6, 10, 10]
+    write_csv(theirs, boxless[:4])
+    assert [d.column for d in compare(ours, theirs)][:2] == ["DSC_AUC", "DSC_Final"]
     with pytest.raises(ValueError, match="no case in common"):
         compare(ours, official(tmp_path / "c.csv", {"z": 1}))
     (tmp_path / "d.csv").write_text("a,b\n1,2\n")
