@@ -103,6 +103,12 @@ def format_differences(differences: Sequence[Difference]) -> str:
     return "\n".join(lines)
 
 
+def _counted(row: Mapping[str, str], column: str) -> float:
+    """A score as it counts: 0 where the case took too long."""
+    late = float(row["TotalRunningTime"]) > float(row["runtime_upperbound"])
+    return 0.0 if late else float(row[column])
+
+
 def _difference(
     column: str,
     cases: Sequence[str],
@@ -110,6 +116,6 @@ def _difference(
     other: Mapping[str, Mapping[str, str]],
 ) -> Difference:
     ours, theirs = (
-        np.array([float(table[case][column]) for case in cases]) for table in (mine, other)
+        np.array([_counted(table[case], column) for case in cases]) for table in (mine, other)
     )
     return Difference(column, tuple(cases), ours, theirs)

@@ -255,8 +255,9 @@ def _evaluate(
             for turn, held in enumerate(result.rounds):
                 if held is not None and held.error is not None:
                     bar.write(f"{result.name} round {turn}: {held.error}", file=sys.stderr)
-            auc = np.mean([area_under_curve(r.case_scores("dsc")) for r in results])
-            final = np.mean([r.case_scores("dsc")[-1] for r in results])
+            counted = [r.counted(r.case_scores("dsc")) for r in results]
+            auc = np.mean([area_under_curve(scores) for scores in counted])
+            final = np.mean([scores[-1] for scores in counted])
             running = f"mean DSC_AUC {auc:.4f} DSC_Final {final:.4f}"
             bar.set_postfix_str(running)
             bar.update()
@@ -340,7 +341,7 @@ def _run_in_worker(
 def _print_results(run: RunFolder, results: list[CaseResult]) -> int:
     """Print the table of a run; returns the number of failed predictions."""
     print(f"\n{run.name}\n{format_table(results)}")
-    late = [r.name for r in results if r.seconds > r.seconds_allowed]
+    late = [r.name for r in results if r.is_late]
     if late:
         print(f"over the time limit, counted as 0 above: {', '.join(sorted(late))}")
     failed = [r.name for r in results for held in r.rounds if held is not None and held.error]

@@ -110,7 +110,9 @@ def case_scatter(results: Sequence[CaseResult]) -> str:
         figure, axes = plt.subplots(figsize=(5.6, 3.8))
         names = sorted({modality_of(r.name) for r in results})
         for number, name in enumerate(names):
-            of_it = [r.case_scores("dsc") for r in results if modality_of(r.name) == name]
+            of_it = [
+                r.counted(r.case_scores("dsc")) for r in results if modality_of(r.name) == name
+            ]
             boxed = [r.has_boxes for r in results if modality_of(r.name) == name]
             first = [s[0] if box else s[1] for s, box in zip(of_it, boxed, strict=True)]
             axes.scatter(

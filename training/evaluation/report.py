@@ -180,7 +180,7 @@ def _run(run: RunFolder, results: Sequence[CaseResult], differences: Sequence[Di
         rows = [(n, count, list(values)) for n, count, values in modality_rows(results, metric)]
         parts.append(f"<h3>{metric.upper()} by modality</h3>")
         parts.append(_table(("", "cases", *COLUMNS), rows))
-    late = sorted(r.name for r in results if r.seconds > r.seconds_allowed)
+    late = sorted(r.name for r in results if r.is_late)
     if late:
         names = html.escape(", ".join(late))
         parts.append(f'<p class="note">Over the time limit, counted as 0: {names}.</p>')
@@ -193,7 +193,7 @@ def _run(run: RunFolder, results: Sequence[CaseResult], differences: Sequence[Di
 
 def _pictures(run: RunFolder, results: Sequence[CaseResult]) -> str:
     """The best, the median and the worst case, each through its most typical object."""
-    ordered = sorted(results, key=lambda r: r.case_scores("dsc")[-1])
+    ordered = sorted(results, key=lambda r: r.counted(r.case_scores("dsc"))[-1])
     chosen = {"Worst": ordered[0], "Median": ordered[len(ordered) // 2], "Best": ordered[-1]}
     parts = [
         "<h3>Worst, median and best case</h3>",

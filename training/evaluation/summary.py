@@ -67,8 +67,7 @@ def object_table(results: Sequence[CaseResult]) -> Table:
 
 
 def _columns(result: CaseResult, rounds: list[float]) -> list[float]:
-    if result.seconds > result.seconds_allowed:
-        rounds = [0.0] * len(rounds)
+    rounds = result.counted(rounds)
     first = rounds[0] if result.has_boxes else float("nan")
     return [first, *rounds[1:], area_under_curve(rounds), rounds[-1]]
 
@@ -224,7 +223,7 @@ def stress_rows(runs: Mapping[str, Sequence[CaseResult]]) -> list[dict[str, Any]
                 for one, other in pairs:
                     turn_held = turn if turn is not None else int(not one.has_boxes)
                     scores.append(
-                        (one.case_scores(metric)[turn_held], other.case_scores(metric)[turn_held])
+                        [r.counted(r.case_scores(metric))[turn_held] for r in (one, other)]
                     )
                 mean, mean_exact = np.mean(scores, axis=0)
                 row[f"{metric.upper()}_{column}"] = float(mean)
