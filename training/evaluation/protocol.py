@@ -220,7 +220,7 @@ def _hold(
     try:
         prediction = predictor(arrays, case.name)
     except PredictionError as failure:
-        error = str(failure)
+        error, seconds = str(failure), failure.seconds
     else:
         _, seconds, peak = prediction
         previous = LabelMap.of(prediction.segs)

@@ -150,13 +150,14 @@ def test_a_failure_leaves_the_last_prediction_in_force(tmp_path):
     def fails_later(given, name):
         calls.append(name)
         if len(calls) != 2:
-            raise PredictionError("no luck")
+            raise PredictionError("no luck", 2.0)
         return Prediction(arrays["gts"], 1.0, None)
 
     result, segs = run_case(load_labelled_case(path), fails_later)
     assert result.case_scores("dsc") == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert [held.error for held in result.rounds] == ["no luck", None, *["no luck"] * 4]
     assert (segs == arrays["gts"]).all()
+    assert result.seconds == 1 + 5 * 2
 
 
 def test_json_gives_the_result_back_exactly(tmp_path):
