@@ -16,6 +16,7 @@ from training.evaluation.protocol import ROUNDS, CaseResult
 
 METRICS = ("dsc", "nsd")
 COLUMNS = ("box", *(f"click {n}" for n in range(1, ROUNDS)), "AUC", "Final")
+_MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")
 _RESAMPLES = 2000
 _DECILES = 10
 
@@ -37,6 +38,12 @@ class Table:
     scores: dict[str, NDArray[np.float64]]
 
 
+def modality_in_tables(name: str) -> str:
+    """The modality of a case, by its file name; ``other`` where that begins with none."""
+    modality = modality_of(name)
+    return modality if modality in _MODALITIES else "other"
+
+
 def case_table(results: Sequence[CaseResult]) -> Table:
     """One row a case: its mean over the classes; 0 throughout where it took too long."""
     scores = {
@@ -45,7 +52,7 @@ def case_table(results: Sequence[CaseResult]) -> Table:
         )
         for metric in METRICS
     }
-    modality = [modality_of(r.name) for r in results]
+    modality = [modality_in_tables(r.name) for r in results]
     return Table(modality, [""] * len(results), np.zeros(len(results), np.int64), scores)
 
 
@@ -59,7 +66,7 @@ def object_table(results: Sequence[CaseResult]) -> Table:
         for metric in METRICS
     }
     return Table(
-        [modality_of(r.name) for r, _ in every],
+        [modality_in_tables(r.name) for r, _ in every],
         [r.structures[i] for r, i in every],
         np.array([r.voxels[i] for r, i in every], np.int64),
         scores,
