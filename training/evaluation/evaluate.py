@@ -44,7 +44,7 @@ from training.evaluation.predictors import (
     image_id,
 )
 from training.evaluation.protocol import CaseResult, run_case
-from training.evaluation.results import RunFolder, list_runs, write_csv
+from training.evaluation.results import CASE_REFUSED, RunFolder, list_runs, write_csv
 from training.evaluation.summary import format_stress, format_table, stress_rows, summarise
 from training.manifest import case_files, read_structures
 
@@ -64,8 +64,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--predictor",
         default="segmenter",
-        help="comma-separated: segmenter, command, image, baselines; all: segmenter and baselines "
-        "(default: %(default)s)",
+        help="comma-separated: segmenter, command, image, and the baselines box, ellipsoid, "
+        "likelihood, random-walker, geodesic; all: segmenter and baselines (default: %(default)s)",
     )
     add("--name", help="name of the run (default: the predictor's)")
     add("--weights", metavar="FILE", help="segmenter: bundle, or its name (default: what ships)")
@@ -106,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = _list_cases(options.cases, options.limit)
         read_structures(options.cases)  # or each case would tell what is wrong with it
         kinds = _kinds(options.predictor)
-        if options.name is not None and len(kinds) > 1:
-            raise ValueError(f"--name {options.name!r} for {len(kinds)} predictors; accepted: one")
+        if options.name is not None:
+            _check_name(options.name, kinds)
         runs = _plan(kinds, variants, options)
         _check_comparison(options.compare, [run for *_, run in runs], paths)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -139,6 +139,15 @@ def _kinds(text: str) -> list[str]:
     return ["segmenter", *BASELINES]
 
 
+def _check_name(name: str, kinds: Sequence[str]) -> None:
+    if len(kinds) > 1:
+        raise ValueError(f"--name {name!r} for {len(kinds)} predictors; accepted: one")
+    if not name or name.startswith(".") or set(name) & set("/\\@\0"):
+        raise ValueError(
+            f"--name {name!r}; accepted: a file's name without a dot at its start, / or @"
+        )
+
+
 def _variants(text: str) -> list[PromptVariant]:
     names = list(VARIANTS) if text == "all" else text.split(",")
     for name in names:
@@ -151,6 +160,11 @@ def _list_cases(folder: Path, limit: int | None) -> list[Path]:
     paths = case_files(folder)
     if not paths:
         raise ValueError(f"cases folder {folder}: no .npz file")
+    if any(path.name == CASE_REFUSED for path in paths):
+        raise ValueError(
+            f"{folder / CASE_REFUSED}: its result would replace the settings of the run; accepted: "
+            "any other name"
+        )
     if limit is not None and limit < len(paths):
         if limit < 1:
             raise ValueError(f"limit {limit}; accepted: at least 1")

@@ -21,6 +21,9 @@ from inference.whole_file import replacing
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.protocol import CaseResult, official_row
 
+#: A case of this name has no place beside a run's ``settings.json``.
+CASE_REFUSED = "settings.npz"
+
 
 class RunFolder:
     """Where one run of one predictor keeps its files.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import html
 import weakref
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from tests.phantoms import challenge_case, write_npz
 from training.evaluation import evaluate
+from training.evaluation.baselines import BASELINES
 from training.evaluation.evaluate import main
 from training.evaluation.perturbation import EXACT
 from training.evaluation.predictors import PredictorChoice
@@ -128,3 +130,34 @@ def test_label_maps_are_let_go_once_they_are_consumed(monkeypatch):
         del outcome
         gc.collect()
         assert sum(segs() is not None for segs in alive) <= left + 1
+
+
+def test_a_case_is_not_called_as_the_settings_are(cases, capsys):
+    (cases / "CT_a.npz").rename(cases / "settings.npz")
+    assert run(cases, "box") == 2
+    said = capsys.readouterr().err
+    assert "settings.npz: its result would replace" in said and said.count("\n") == 1
+
+
+def test_sloppy_prompts_alone_are_told_in_full(cases):
+    assert run(cases, "box", "--prompts", "one-click") == 0
+    page = (cases.parent / "out" / "report.html").read_text(encoding="utf-8")
+    assert "All runs" in page and "<h2>box@one-click</h2>" in page
+
+
+def test_help_names_every_baseline(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = "".join(capsys.readouterr().out.split())
+    assert ",".join(BASELINES) in said
+
+
+def test_names_in_the_page_are_neither_formulas_nor_html(cases):
+    name = "<b>&$\\q$_a.npz"
+    (cases / "CT_a.npz").rename(cases / name)
+    assert run(cases, "box", "--name", "<i>$q^$") == 0
+    compared = str(cases.parent / "out" / "<i>$q^$_metrics.csv")
+    assert run(cases, "ellipsoid", "--name", "$r^$", "--compare", compared) == 0
+    page = (cases.parent / "out" / "report.html").read_text(encoding="utf-8")
+    assert html.escape(name) in page and "<td>&lt;i&gt;$q^$</td>" in page
+    assert "<b>&" not in page and "<i>" not in page
