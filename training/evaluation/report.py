@@ -234,10 +234,7 @@ def _pictures(run: RunFolder, results: Sequence[CaseResult]) -> str:
 
 
 def _differences(name: str, differences: Sequence[Difference]) -> str:
-    rows = [
-        (d.column, len(d.cases), [d.mean, float(d.better), float(d.worse), d.p_value])
-        for d in differences
-    ]
+    rows = [(d.column, len(d.cases), [d.mean, d.better, d.worse, d.p_value]) for d in differences]
     final = next(d for d in differences if d.column == "DSC_Final")
     gaps = sorted(zip(final.ours - final.theirs, final.cases, strict=True))
     extreme = [
@@ -260,7 +257,7 @@ def _table(
     *,
     mark_best: bool = False,
 ) -> str:
-    """An HTML table; numbers with four digits, whole ones as such, NaN as a dash."""
+    """An HTML table; counts as such, other numbers with four digits, NaN as a dash."""
     best: list[float] = []
     if mark_best and len(rows) > 1:
         columns = np.array([values for _, _, values in rows])
@@ -289,9 +286,9 @@ def _html_table(header: Sequence[str], body: Sequence[str]) -> str:
 
 
 def _number(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
+    if isinstance(value, int):
+        return str(value)
+    return "–" if math.isnan(value) else f"{value:.4f}"
 
 
 def _figure(content: str, caption: str) -> str:

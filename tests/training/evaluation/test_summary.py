@@ -72,3 +72,12 @@ def test_objects_are_told_by_tenths_of_their_sizes():
     assert len(tenths) == 10
     assert tenths["100-200 voxels"] == pytest.approx(0.075)
     assert tenths["1900-2000 voxels"] == pytest.approx(0.975)
+
+
+def test_counts_are_whole_and_scores_have_four_digits(tmp_path):
+    runs = [RunFolder(tmp_path, name) for name in ("ours", "theirs")]
+    for run, dsc in zip(runs, (0.75, 0.5), strict=True):
+        run.write_metrics([result("CT_a.npz", dsc)])
+    page = report._differences("ours", compare(*(run.metrics_csv for run in runs)))
+    cells = "".join(f"<td>{cell}</td>" for cell in ("DSC_AUC", 1, "1.0000", 1, 0, "1.0000"))
+    assert cells in page
