@@ -10,8 +10,7 @@ poor as the paper's. Writes ``ablation_scores.csv`` (each case, round and varian
 be read) and ``report.html``, the page about all that the folder holds: in the folder of an
 evaluation the tables appear in its report. ``--document README.md`` puts a digest there.
 
-Records are kept by the content of the weights, in ``--cache``. Another engine with the same weights
-needs another folder.
+Records are kept in ``--cache``, by the content of the weights and of the code.
 """
 
 from __future__ import annotations

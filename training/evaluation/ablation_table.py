@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.policy import modality_of
-from training.evaluation.summary import bootstrap
+from training.evaluation.summary import bootstrap, modality_in_tables
 
 #: Name of the variant all others are compared with, and of the fitted rules.
 OFF, AUTO = "off", "auto"
@@ -51,7 +50,7 @@ def summarise_ablation(rows: Sequence[Row]) -> list[Row]:
         at_level = [row for row in rows if row["noise"] == level]
         rounds = sorted({row["round"] for row in at_level})
         cases = sorted({row["case"] for row in at_level})
-        modality = np.array([modality_of(name) for name in cases])
+        modality = np.array([modality_in_tables(name) for name in cases])
         groups: dict[str, list[NDArray[np.bool_]]] = {
             name: [modality == name] for name in sorted(set(modality))
         }

@@ -14,6 +14,7 @@ from scipy import stats
 from training.evaluation.results import read_csv
 
 COMPARED = ("DSC_1", "DSC_AUC", "DSC_Final", "NSD_1", "NSD_AUC", "NSD_Final")
+_NEEDED = {"CaseName", *COMPARED, "RunningTime_1", "TotalRunningTime", "runtime_upperbound"}
 _ROUND_OFF = 1e-9  # differences of less are no differences
 
 
@@ -64,7 +65,7 @@ def read_metrics(path: Path) -> dict[str, dict[str, str]]:
         OSError: it cannot be read.
     """
     rows = read_csv(path)
-    missing = {"CaseName", *COMPARED} - set(rows[0] if rows else ())
+    missing = _NEEDED - set(rows[0] if rows else ())
     if missing:
         raise ValueError(f"{path}: no columns {sorted(missing)}; accepted: a metrics CSV")
     return {row["CaseName"]: row for row in rows}
@@ -73,6 +74,9 @@ def read_metrics(path: Path) -> dict[str, dict[str, str]]:
 def compare(ours: Path, theirs: Path) -> list[Difference]:
     """Compare two official tables on the cases they share.
 
+    A case without a box round in either has a placeholder there, which is not compared: columns of
+    that round are about the other cases, and left out where there are none.
+
     Raises:
         ValueError: no case in common, or a column is missing.
     """
@@ -80,7 +84,12 @@ def compare(ours: Path, theirs: Path) -> list[Difference]:
     shared = sorted(mine.keys() & other.keys())
     if not shared:
         raise ValueError(f"{ours} and {theirs} have no case in common")
-    return [_difference(column, shared, mine, other) for column in COMPARED]
+    boxed = [c for c in shared if all(float(t[c]["RunningTime_1"]) > 0 for t in (mine, other))]
+    return [
+        _difference(column, cases, mine, other)
+        for column in COMPARED
+        if (cases := boxed if column.endswith("_1") else shared)
+    ]
 
 
 def format_differences(differences: Sequence[Difference]) -> str:
@@ -94,6 +103,12 @@ def format_differences(differences: Sequence[Difference]) -> str:
     return "\n".join(lines)
 
 
+def _counted(row: Mapping[str, str], column: str) -> float:
+    """A score as it counts: 0 where the case took too long."""
+    late = float(row["TotalRunningTime"]) > float(row["runtime_upperbound"])
+    return 0.0 if late else float(row[column])
+
+
 def _difference(
     column: str,
     cases: Sequence[str],
@@ -101,6 +116,6 @@ def _difference(
     other: Mapping[str, Mapping[str, str]],
 ) -> Difference:
     ours, theirs = (
-        np.array([float(table[case][column]) for case in cases]) for table in (mine, other)
+        np.array([_counted(table[case], column) for case in cases]) for table in (mine, other)
     )
     return Difference(column, tuple(cases), ours, theirs)

@@ -8,7 +8,6 @@ status: 0 all predictions came back, 1 some failed, 2 nothing could start.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import itertools
 import multiprocessing
@@ -25,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-import inference
 from inference.finishing import DEFAULT, POSTPROCESSING
 from inference.model.weights import find_weights, sha256_of
+from training.evaluation.code_version import code_of
 from training.evaluation.comparison import (
     Difference,
     compare,
@@ -36,7 +35,7 @@ from training.evaluation.comparison import (
 )
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.metrics import area_under_curve
-from training.evaluation.perturbation import VARIANTS, PromptVariant
+from training.evaluation.perturbation import VARIANTS, BoxesError, PromptVariant
 from training.evaluation.predictors import (
     Predictor,
     PredictorChoice,
@@ -45,13 +44,12 @@ from training.evaluation.predictors import (
     image_id,
 )
 from training.evaluation.protocol import CaseResult, run_case
-from training.evaluation.results import RunFolder, list_runs, write_csv
+from training.evaluation.results import CASE_REFUSED, RunFolder, list_runs, write_csv
 from training.evaluation.summary import format_stress, format_table, stress_rows, summarise
 from training.manifest import case_files, read_structures
 
 #: A case's result and last label map, or why it could not be read.
 _Outcome = tuple[CaseResult, NDArray[np.uint8]] | str
-_SCORING = ("clicks", "label_map", "metrics", "perturbation", "protocol", "surface_dice")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -66,8 +64,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add(
         "--predictor",
         default="segmenter",
-        help="comma-separated: segmenter, command, image, baselines; all: segmenter and baselines "
-        "(default: %(default)s)",
+        help="comma-separated: segmenter, command, image, and the baselines box, ellipsoid, "
+        "likelihood, random-walker, geodesic; all: segmenter and baselines (default: %(default)s)",
     )
     add("--name", help="name of the run (default: the predictor's)")
     add("--weights", metavar="FILE", help="segmenter: bundle, or its name (default: what ships)")
@@ -108,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = _list_cases(options.cases, options.limit)
         read_structures(options.cases)  # or each case would tell what is wrong with it
         kinds = _kinds(options.predictor)
-        if options.name is not None and len(kinds) > 1:
-            raise ValueError(f"--name {options.name!r} for {len(kinds)} predictors; accepted: one")
+        if options.name is not None:
+            _check_name(options.name, kinds)
         runs = _plan(kinds, variants, options)
         _check_comparison(options.compare, [run for *_, run in runs], paths)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +139,15 @@ def _kinds(text: str) -> list[str]:
     return ["segmenter", *BASELINES]
 
 
+def _check_name(name: str, kinds: Sequence[str]) -> None:
+    if len(kinds) > 1:
+        raise ValueError(f"--name {name!r} for {len(kinds)} predictors; accepted: one")
+    if not name or name.startswith(".") or set(name) & set("/\\@\0"):
+        raise ValueError(
+            f"--name {name!r}; accepted: a file's name without a dot at its start, / or @"
+        )
+
+
 def _variants(text: str) -> list[PromptVariant]:
     names = list(VARIANTS) if text == "all" else text.split(",")
     for name in names:
@@ -153,6 +160,11 @@ def _list_cases(folder: Path, limit: int | None) -> list[Path]:
     paths = case_files(folder)
     if not paths:
         raise ValueError(f"cases folder {folder}: no .npz file")
+    if any(path.name == CASE_REFUSED for path in paths):
+        raise ValueError(
+            f"{folder / CASE_REFUSED}: its result would replace the settings of the run; accepted: "
+            "any other name"
+        )
     if limit is not None and limit < len(paths):
         if limit < 1:
             raise ValueError(f"limit {limit}; accepted: at least 1")
@@ -217,20 +229,8 @@ def _settings(
         settings["image"] = f"{choice.image} {image_id(choice.image)}"
     references = str(options.references.resolve()) if options.references else ""
     cases = {"cases": str(options.cases.resolve()), "references": references}
-    code = {"code": _code_of(choice.kind)}
+    code = {"code": code_of(choice.kind)}
     return {**settings, **cases, "boxes": not options.no_boxes, "prompts": variant.name, **code}
-
-
-def _code_of(kind: str) -> str:
-    """Hash of the modules a predictor and its scores come from; a command's is not known."""
-    here = Path(__file__).parent
-    modules = [here / f"{name}.py" for name in _SCORING]
-    if kind not in ("command", "image"):
-        package = Path(inference.__file__).parent
-        modules += sorted([*package.rglob("*.py"), *package.rglob("*.toml")])  # rules are code, too
-    if kind not in ("command", "image", "segmenter"):
-        modules.append(here / "baselines.py")
-    return hashlib.sha256(b"".join(path.read_bytes() for path in modules)).hexdigest()
 
 
 def _evaluate(
@@ -269,8 +269,9 @@ def _evaluate(
             for turn, held in enumerate(result.rounds):
                 if held is not None and held.error is not None:
                     bar.write(f"{result.name} round {turn}: {held.error}", file=sys.stderr)
-            auc = np.mean([area_under_curve(r.case_scores("dsc")) for r in results])
-            final = np.mean([r.case_scores("dsc")[-1] for r in results])
+            counted = [r.counted(r.case_scores("dsc")) for r in results]
+            auc = np.mean([area_under_curve(scores) for scores in counted])
+            final = np.mean([scores[-1] for scores in counted])
             running = f"mean DSC_AUC {auc:.4f} DSC_Final {final:.4f}"
             bar.set_postfix_str(running)
             bar.update()
@@ -308,8 +309,8 @@ def _run_all(
         initargs=(choice, options.jobs),
     ) as pool:
         try:
-            tasks = [pool.submit(_run_in_worker, path, *how) for path in paths]
-            for task in as_completed(tasks):
+            # Nobody else keeps the tasks: with each goes its label map.
+            for task in as_completed([pool.submit(_run_in_worker, path, *how) for path in paths]):
                 yield task.result()
         except BrokenProcessPool:
             raise ChildProcessError(
@@ -328,7 +329,10 @@ def _run_one(
     except (ValueError, OSError) as error:  # one bad case must not end the run
         reason = " ".join(str(error).split())
         return reason if path.name in reason else f"{path.name}: {reason}"
-    return run_case(case, predictor, variant)
+    try:
+        return run_case(case, predictor, variant)
+    except BoxesError as error:
+        return f"{path.name}: {error}"
 
 
 _worker_predictor: Predictor
@@ -351,7 +355,7 @@ def _run_in_worker(
 def _print_results(run: RunFolder, results: list[CaseResult]) -> int:
     """Print the table of a run; returns the number of failed predictions."""
     print(f"\n{run.name}\n{format_table(results)}")
-    late = [r.name for r in results if r.seconds > r.seconds_allowed]
+    late = [r.name for r in results if r.is_late]
     if late:
         print(f"over the time limit, counted as 0 above: {', '.join(sorted(late))}")
     failed = [r.name for r in results for held in r.rounds if held is not None and held.error]
@@ -366,9 +370,10 @@ def _write_pages(
 ) -> None:
     """The tables and the page about all runs in the folder."""
     runs = list_runs(options.out)
-    rows = [{"run": run.name, **row} for run in runs for row in summarise(run.results())]
+    found = {run.name: results for run in runs if (results := run.results())}
+    rows = [{"run": name, **row} for name, results in found.items() for row in summarise(results)]
     write_csv(options.out / "summary.csv", rows)
-    stressed = stress_rows({run.name: run.results() for run in runs})
+    stressed = stress_rows(found)
     if stressed:
         write_csv(options.out / "stress.csv", stressed)
         print(f"\n{format_stress(stressed)}")

@@ -16,12 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from inference.policy import modality_of
 from training.evaluation.comparison import Difference
 from training.evaluation.label_map import LabelMap, union
 from training.evaluation.labelled_case import LabelledCase
 from training.evaluation.protocol import ROUNDS, CaseResult
-from training.evaluation.summary import METRICS, modality_rows
+from training.evaluation.summary import METRICS, modality_in_tables, modality_rows
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
@@ -45,7 +44,7 @@ Runs = Mapping[str, Sequence[CaseResult]]
 
 def rounds_by_modality(runs: Runs) -> str:
     """DSC and NSD against the rounds, a column of panels a modality, a line a run."""
-    names = sorted({modality_of(r.name) for results in runs.values() for r in results})
+    names = sorted({modality_in_tables(r.name) for results in runs.values() for r in results})
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
             2, len(names), figsize=(2.1 * len(names) + 1.2, 4.6), sharex=True, squeeze=False
@@ -62,7 +61,7 @@ def rounds_by_modality(runs: Runs) -> str:
                             marker=_MARKERS[run % len(_MARKERS)],
                             markersize=4,
                             linewidth=1.5,
-                            label=label,
+                            label=_plain(label),
                         )
         for column, name in enumerate(names):
             axes[0, column].set_title(name)
@@ -91,7 +90,7 @@ def cost_by_volume(runs: Runs) -> str:
             }
             voxels = [np.prod(r.shape) / 1e6 for r in results]
             seconds = [np.mean([h.seconds for h in r.rounds if h is not None]) for r in results]
-            left.scatter(voxels, seconds, label=label, **look)
+            left.scatter(voxels, seconds, label=_plain(label), **look)
             peaks = [
                 (v, max(h.peak_bytes for h in r.rounds if h and h.peak_bytes) / 2**30)
                 for v, r in zip(voxels, results, strict=True)
@@ -108,10 +107,14 @@ def case_scatter(results: Sequence[CaseResult]) -> str:
     """DSC after the last round against DSC after the first, a point a case."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(5.6, 3.8))
-        names = sorted({modality_of(r.name) for r in results})
+        names = sorted({modality_in_tables(r.name) for r in results})
         for number, name in enumerate(names):
-            of_it = [r.case_scores("dsc") for r in results if modality_of(r.name) == name]
-            boxed = [r.has_boxes for r in results if modality_of(r.name) == name]
+            of_it = [
+                r.counted(r.case_scores("dsc"))
+                for r in results
+                if modality_in_tables(r.name) == name
+            ]
+            boxed = [r.has_boxes for r in results if modality_in_tables(r.name) == name]
             first = [s[0] if box else s[1] for s, box in zip(of_it, boxed, strict=True)]
             axes.scatter(
                 first,
@@ -162,7 +165,8 @@ def difference_scatter(difference: Difference, ours: str, theirs: str) -> str:
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(4.2, 3.8))
         axes.scatter(difference.theirs, difference.ours, color=_COLOURS[0], s=22, linewidths=0)
-        _diagonal(axes, f"{difference.column}, {theirs}", f"{difference.column}, {ours}")
+        across, up = (_plain(f"{difference.column}, {run}") for run in (theirs, ours))
+        _diagonal(axes, across, up)
         return _svg(figure)
 
 
@@ -234,6 +238,11 @@ def slices_through_object(
                 f"{'zyx'[axis]} = {centre[axis] + crop[axis].start}",
             )
         return _png(figure)
+
+
+def _plain(text: str) -> str:
+    """``text`` for matplotlib, which takes what lies between dollars for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _fullest_slices(mask: NDArray[np.bool_]) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from inference.npz import NpzFile
@@ -14,6 +15,8 @@ from training.evaluation.label_map import LabelMap
 from training.evaluation.metrics import as_spacing
 from training.evaluation.surface_dice import Spacing
 from training.manifest import read_structures
+
+_MOST_CLASSES = 255  # of a label map of uint8
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class LabelledCase:
     Attributes:
         name: file name, ``.npz`` included.
         arrays: what a predictor may see of the file: everything but the reference.
-        reference: the true labels; each label is a class, in ascending order.
+        reference: the true labels, renumbered 1..N in ascending order of the file's: class n is
+            entry n of the boxes, and so every predictor numbers it.
         stored_spacing: as the file has it, (x, y, z) mm; the challenge's NSD takes it unpermuted.
         structures: name of each class as a ``manifest.json`` beside the case gives it, or empty.
     """
@@ -51,8 +55,8 @@ def load_labelled_case(
         boxes: False drops the boxes, as for the challenge's cases that come without.
 
     Raises:
-        ValueError: no reference, nothing labelled, shapes or numbers of classes that differ; a
-            manifest that is none.
+        ValueError: no reference, nothing labelled, more labels than a label map of uint8 can
+            hold, shapes or numbers of classes that differ; a manifest that is none.
     """
     with NpzFile(path) as file:
         arrays = {key: file[key] for key in file if key != "gts"}
@@ -68,18 +72,33 @@ def load_labelled_case(
     if labels.shape != image.shape:
         raise ValueError(f"{path.name}: gts of shape {labels.shape}, imgs of {image.shape}")
     reference = LabelMap.of(labels)
-    if not reference.labels:
+    stored = reference.labels
+    if not stored:
         raise ValueError(f"{path.name}: no labelled voxel")
+    if len(stored) > _MOST_CLASSES:
+        raise ValueError(f"{path.name}: {len(stored)} labels; accepted: at most {_MOST_CLASSES}")
     if not boxes:
         arrays.pop("boxes", None)
-    if "boxes" in arrays and arrays["boxes"].shape[:1] != (len(reference.labels),):
+    if "boxes" in arrays and arrays["boxes"].shape[:1] != (len(stored),):
         shape = arrays["boxes"].shape
-        raise ValueError(f"{path.name}: boxes of shape {shape}, {len(reference.labels)} classes")
+        raise ValueError(f"{path.name}: boxes of shape {shape}, {len(stored)} classes")
     named = read_structures(path.parent).get(path.name, {})
     return LabelledCase(
         path.name,
         arrays,
-        reference,
+        _renumbered(reference),
         as_spacing(spacing.reshape(-1)),
-        tuple(named.get(str(label), "") for label in reference.labels),
+        tuple(named.get(str(label), "") for label in stored),
     )
+
+
+def _renumbered(reference: LabelMap) -> LabelMap:
+    """The same classes as 1..N."""
+    stored = reference.labels
+    numbers = range(1, len(stored) + 1)
+    if stored == list(numbers):
+        return reference
+    number = np.zeros(stored[-1] + 1, np.uint8)
+    number[stored] = numbers
+    boxes = {new: reference.boxes[old] for new, old in zip(numbers, stored, strict=True)}
+    return LabelMap(number[reference.voxels], boxes)

@@ -17,6 +17,10 @@ _EDGES = {
 }
 
 
+class BoxesError(ValueError):
+    """Boxes that no user could have drawn; the message says which."""
+
+
 @dataclass(frozen=True)
 class PromptVariant:
     """How prompts differ from the challenge's.
@@ -42,23 +46,38 @@ class PromptVariant:
     def boxes(
         self, boxes: NDArray[Any], shape: Sequence[int], random: np.random.Generator
     ) -> NDArray[Any] | None:
-        """The boxes a user draws, (N,) objects; a jittered box keeps a voxel and its middle."""
+        """The boxes a user draws, (N,) objects; a jittered box keeps a voxel and its middle.
+
+        Raises:
+            BoxesError: one cannot be moved, as it is no box.
+        """
         if not self.with_boxes:
             return None
         if not self.box_jitter:
             return boxes
         drawn = np.empty(len(boxes), object)
         for index, box in enumerate(boxes):
-            moved = dict(box)
-            for axis, (low, high) in _EDGES.items():
-                faces = np.array([box[low], box[high]], int)
-                reach = self.box_jitter * (faces[1] - faces[0] + 1)
-                ends = np.rint(faces + reach * random.uniform(-1, 1, 2))
-                ends = ends.clip(0, shape[axis] - 1).astype(int)
-                moved[low], moved[high] = int(ends.min()), int(ends.max())
-            moved["z_mid"] = int(np.clip(box["z_mid"], moved["z_min"], moved["z_max"]))
-            drawn[index] = moved
+            try:
+                drawn[index] = self._jittered(box, shape, random)
+            except (LookupError, TypeError, ValueError, ArithmeticError):
+                keys = ", ".join(("z_mid", *(key for edge in _EDGES.values() for key in edge)))
+                raise BoxesError(
+                    f"box {index + 1}: received {str(box)[:100]}; accepted: integers {keys}"
+                ) from None
         return drawn
+
+    def _jittered(
+        self, box: Any, shape: Sequence[int], random: np.random.Generator
+    ) -> dict[str, Any]:
+        moved = dict(box)
+        for axis, (low, high) in _EDGES.items():
+            faces = np.array([box[low], box[high]], int)
+            reach = self.box_jitter * (faces[1] - faces[0] + 1)
+            ends = np.rint(faces + reach * random.uniform(-1, 1, 2))
+            ends = ends.clip(0, shape[axis] - 1).astype(int)
+            moved[low], moved[high] = int(ends.min()), int(ends.max())
+        moved["z_mid"] = int(np.clip(box["z_mid"], moved["z_min"], moved["z_max"]))
+        return moved
 
     def move(
         self, position: Sequence[int], shape: Sequence[int], random: np.random.Generator

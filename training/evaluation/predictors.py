@@ -35,7 +35,16 @@ class Prediction(NamedTuple):
 
 
 class PredictionError(Exception):
-    """No label map came back; the message says why."""
+    """No label map came back; the message says why.
+
+    Attributes:
+        seconds: what it cost all the same.
+    """
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        """Say why, and what it cost."""
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class Predictor(Protocol):
@@ -68,10 +77,11 @@ class InProcess:
         try:
             segs = self._segment(parse_case(arrays, name))
         except Exception as error:  # one bad case must not end the run
-            raise PredictionError(f"{type(error).__name__}: {error}") from error
+            seconds = time.perf_counter() - started
+            raise PredictionError(f"{type(error).__name__}: {error}", seconds) from error
         seconds = time.perf_counter() - started
         peak = _peak_memory() if measurable else None
-        return Prediction(_checked(segs, arrays["imgs"].shape), seconds, peak)
+        return Prediction(_checked(segs, arrays["imgs"].shape, seconds), seconds, peak)
 
 
 class Command:
@@ -106,13 +116,13 @@ class Command:
             written = outputs / name
             if not written.is_file():
                 tail = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
-                raise PredictionError(f"exit status {status}, no {name} written: {tail}")
+                raise PredictionError(f"exit status {status}, no {name} written: {tail}", seconds)
             try:
                 with NpzFile(written) as file:
                     segs = file["segs"]
             except (ValueError, KeyError, OSError) as error:
-                raise PredictionError(f"output {name}: {error}") from error
-            return Prediction(_checked(segs, arrays["imgs"].shape), seconds, peak)
+                raise PredictionError(f"output {name}: {error}", seconds) from error
+            return Prediction(_checked(segs, arrays["imgs"].shape, seconds), seconds, peak)
 
     def _run(self, words: list[str], log: Path) -> tuple[float, int | None, int]:
         """Seconds, peak resident bytes of the largest process, and exit status."""
@@ -242,14 +252,14 @@ def _segmenter(choice: PredictorChoice) -> Callable[[Case], NDArray[np.uint8]]:
     return lambda case: segmenter.segment_case(case, finisher)
 
 
-def _checked(segs: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _checked(segs: NDArray[Any], shape: tuple[int, ...], seconds: float) -> NDArray[np.uint8]:
     if segs.shape != shape:
-        raise PredictionError(f"segs of shape {segs.shape}; accepted: {shape}")
+        raise PredictionError(f"segs of shape {segs.shape}; accepted: {shape}", seconds)
     if segs.dtype == np.uint8:
         return segs
     labels = segs.astype(np.uint8)
     if not np.array_equal(labels, segs):
-        raise PredictionError(f"segs of {segs.dtype} beyond uint8; accepted: 0 to 255")
+        raise PredictionError(f"segs of {segs.dtype} beyond uint8; accepted: 0 to 255", seconds)
     return labels
 
 

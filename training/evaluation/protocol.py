@@ -84,6 +84,15 @@ class CaseResult:
         """The challenge's limit on the sum over the rounds."""
         return SECONDS_PER_CLASS * len(self.labels)
 
+    @property
+    def is_late(self) -> bool:
+        """Whether it took longer than allowed."""
+        return self.seconds > self.seconds_allowed
+
+    def counted(self, scores: list[float]) -> list[float]:
+        """``scores`` as they count: 0 throughout where the case is late."""
+        return [0.0] * len(scores) if self.is_late else scores
+
     def case_scores(self, metric: str) -> list[float]:
         """``dsc`` or ``nsd`` of each round, averaged over the classes; 0 without a box round."""
         return [0.0 if r is None else float(np.mean(getattr(r, metric))) for r in self.rounds]
@@ -211,7 +220,7 @@ def _hold(
     try:
         prediction = predictor(arrays, case.name)
     except PredictionError as failure:
-        error = str(failure)
+        error, seconds = str(failure), failure.seconds
     else:
         _, seconds, peak = prediction
         previous = LabelMap.of(prediction.segs)

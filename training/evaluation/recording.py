@@ -28,6 +28,7 @@ from inference.policy import modality_of
 from inference.refinement import ObjectLogits, merge
 from inference.segmenter import Segmenter
 from inference.whole_file import replacing
+from training.evaluation.code_version import code_of
 from training.evaluation.label_map import LabelMap
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.metrics import CLICK_ROUNDS
@@ -169,8 +170,8 @@ def record_folder(
 
     Args:
         cases: challenge files with ``gts``.
-        out: a folder for these cases, weights (by content) and settings is made in it. A record
-            there that is older than its case is made anew.
+        out: a folder for these cases, weights and code (by content) and settings is made in it. A
+            record there that is older than its case is made anew.
         weights: the segmenter's bundle.
         objects: most classes of a case.
         per_modality: most cases of a modality; all by default.
@@ -190,7 +191,8 @@ def record_folder(
     _check("without-boxes-every", without_boxes_every, 1)
     settings = f"{objects}-{per_modality or 'all'}-{click_rounds}-{without_boxes_every or 'never'}"
     place = hashlib.sha256(str(cases.resolve()).encode()).hexdigest()
-    folder = out / f"{cases.name}-{place[:8]}-{sha256_of(weights)[:8]}-{settings}"
+    engine = f"{sha256_of(weights)[:8]}-{code_of('segmenter')[:8]}"
+    folder = out / f"{cases.name}-{place[:8]}-{engine}-{settings}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = case_files(cases)
     if not paths:

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.model.weights import find_weights
-from inference.policy import modality_of
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.recording import RecordedCase, load_record, record_folder, restrict
 from training.evaluation.report import write_report
 from training.evaluation.results import list_runs, write_csv
+from training.evaluation.summary import modality_in_tables
 
 BINS = 10
 MEAN = "mean of modalities"
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in records:
             record = load_record(path)
             case = restrict(load_labelled_case(options.cases / record.name), record.labels)
-            name = modality_of(record.name)
+            name = modality_in_tables(record.name)
             counts[name] = counts.get(name, 0) + count_case(record, case)
         rows = reliability_rows(counts)
         write_csv(options.out / "reliability.csv", rows)

@@ -52,7 +52,12 @@ def write_report(
     results = {run.name: run.results() for run in runs}
     results = {name: found for name, found in results.items() if found}
     stressed = stress_rows(results)
-    results = {name: found for name, found in results.items() if "@" not in name}
+    # Sloppy prompts have a table of their own, beside the exact ones.
+    results = {
+        name: found
+        for name, found in results.items()
+        if "@" not in name or name.partition("@")[0] not in results
+    }
     parts = ["<h1>Interactive segmentation: evaluation</h1>"]
     if results:
         parts += [_introduction(results), _overview(results)]
@@ -180,7 +185,7 @@ def _run(run: RunFolder, results: Sequence[CaseResult], differences: Sequence[Di
         rows = [(n, count, list(values)) for n, count, values in modality_rows(results, metric)]
         parts.append(f"<h3>{metric.upper()} by modality</h3>")
         parts.append(_table(("", "cases", *COLUMNS), rows))
-    late = sorted(r.name for r in results if r.seconds > r.seconds_allowed)
+    late = sorted(r.name for r in results if r.is_late)
     if late:
         names = html.escape(", ".join(late))
         parts.append(f'<p class="note">Over the time limit, counted as 0: {names}.</p>')
@@ -193,7 +198,7 @@ def _run(run: RunFolder, results: Sequence[CaseResult], differences: Sequence[Di
 
 def _pictures(run: RunFolder, results: Sequence[CaseResult]) -> str:
     """The best, the median and the worst case, each through its most typical object."""
-    ordered = sorted(results, key=lambda r: r.case_scores("dsc")[-1])
+    ordered = sorted(results, key=lambda r: r.counted(r.case_scores("dsc"))[-1])
     chosen = {"Worst": ordered[0], "Median": ordered[len(ordered) // 2], "Best": ordered[-1]}
     parts = [
         "<h3>Worst, median and best case</h3>",
@@ -206,8 +211,13 @@ def _pictures(run: RunFolder, results: Sequence[CaseResult]) -> str:
         dsc = [result.class_scores("dsc", i)[-1] for i in range(len(result.labels))]
         index = int(np.argmin(np.abs(np.array(dsc) - np.mean(dsc))))
         try:
-            case = run.load_case(result.name)
-            png = figures.slices_through_object(case, result, run.load_segs(result.name), index)
+            case, segs = run.load_case(result.name), run.load_segs(result.name)
+            reference = case.reference
+            if (reference.voxels.shape, tuple(reference.labels)) != (result.shape, result.labels):
+                raise ValueError("the case has other labels or another shape since")
+            if segs.shape != result.shape:
+                raise ValueError(f"a label map of shape {segs.shape}")
+            png = figures.slices_through_object(case, result, segs, index)
         except (ValueError, OSError) as error:  # an old run's cases may have moved
             note = html.escape(f"{word}: {result.name}, not shown: {error}")
             parts.append(f'<p class="note">{note}</p>')
@@ -224,10 +234,7 @@ def _pictures(run: RunFolder, results: Sequence[CaseResult]) -> str:
 
 
 def _differences(name: str, differences: Sequence[Difference]) -> str:
-    rows = [
-        (d.column, len(d.cases), [d.mean, float(d.better), float(d.worse), d.p_value])
-        for d in differences
-    ]
+    rows = [(d.column, len(d.cases), [d.mean, d.better, d.worse, d.p_value]) for d in differences]
     final = next(d for d in differences if d.column == "DSC_Final")
     gaps = sorted(zip(final.ours - final.theirs, final.cases, strict=True))
     extreme = [
@@ -250,7 +257,7 @@ def _table(
     *,
     mark_best: bool = False,
 ) -> str:
-    """An HTML table; numbers with four digits, whole ones as such, NaN as a dash."""
+    """An HTML table; counts as such, other numbers with four digits, NaN as a dash."""
     best: list[float] = []
     if mark_best and len(rows) > 1:
         columns = np.array([values for _, _, values in rows])
@@ -279,9 +286,9 @@ def _html_table(header: Sequence[str], body: Sequence[str]) -> str:
 
 
 def _number(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    return f"{value:.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
+    if isinstance(value, int):
+        return str(value)
+    return "–" if math.isnan(value) else f"{value:.4f}"
 
 
 def _figure(content: str, caption: str) -> str:

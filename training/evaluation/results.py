@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.npz import NpzError, NpzFile
 from inference.whole_file import replacing
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.protocol import CaseResult, official_row
+
+#: A case of this name has no place beside a run's ``settings.json``.
+CASE_REFUSED = "settings.npz"
 
 
 class RunFolder:
@@ -49,7 +53,7 @@ class RunFolder:
         if force:
             self._forget()
         if self._settings.is_file():
-            before = json.loads(self._settings.read_text(encoding="utf-8"))
+            before = self.settings()
             differing = [k for k in {*before, *settings} if before.get(k) != settings.get(k)]
             if differing:
                 changes = ", ".join(
@@ -63,7 +67,8 @@ class RunFolder:
             file.write(json.dumps(settings, indent=1).encode())
 
     def _forget(self) -> None:
-        """Remove the cases done, the settings last: where they are gone no case is left."""
+        """Remove the table and the cases done, the settings last: without them no case is left."""
+        self.metrics_csv.unlink(missing_ok=True)
         for path in self._cases.glob("*.json"):
             segs = path.with_suffix(".npz")
             if path != self._settings and segs.is_file():
@@ -91,8 +96,13 @@ class RunFolder:
         return self._settings.is_file()
 
     def settings(self) -> dict[str, Any]:
-        """What the run depends on."""
-        return dict(json.loads(self._settings.read_text(encoding="utf-8")))
+        """What the run depends on; ValueError with the file's name where it is damaged."""
+        try:
+            return dict(json.loads(self._settings.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self._settings}: damaged ({error}); accepted: as evaluate wrote it, or --force"
+            ) from None
 
     def save(self, result: CaseResult, segs: NDArray[np.uint8]) -> None:
         """Keep a finished case."""
@@ -103,14 +113,24 @@ class RunFolder:
             file.write(json.dumps(result.to_json()).encode())
 
     def load(self, name: str, sources: Sequence[Path] = ()) -> CaseResult | None:
-        """A finished case, or None, also where one of its sources was written since."""
+        """A finished case, or None, also where one of its sources was written since.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
         path = self._json(name)
         if not path.is_file():
             return None
         done = path.stat().st_mtime
         if any(source.is_file() and source.stat().st_mtime > done for source in sources):
             return None
-        return CaseResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return CaseResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: damaged ({type(error).__name__}: {error}); accepted: as evaluate wrote "
+                "it; without the file its case is done again"
+            ) from None
 
     def results(self) -> list[CaseResult]:
         """The cases of the official table, in its order."""
@@ -132,9 +152,13 @@ class RunFolder:
         )
 
     def load_segs(self, name: str) -> NDArray[np.uint8]:
-        """The last label map of a finished case."""
-        with np.load(self._segs(name)) as file:
-            return np.asarray(file["segs"])
+        """The last label map of a finished case; ValueError where it is damaged."""
+        path = self._segs(name)
+        try:
+            with NpzFile(path) as file:
+                return np.asarray(file["segs"])
+        except (KeyError, NpzError) as error:
+            raise ValueError(f"{path}: damaged ({error}); accepted: as evaluate wrote it") from None
 
     def write_metrics(self, results: Iterable[CaseResult]) -> None:
         """Write the official table, sorted by case name."""

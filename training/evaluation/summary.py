@@ -16,6 +16,7 @@ from training.evaluation.protocol import ROUNDS, CaseResult
 
 METRICS = ("dsc", "nsd")
 COLUMNS = ("box", *(f"click {n}" for n in range(1, ROUNDS)), "AUC", "Final")
+_MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")
 _RESAMPLES = 2000
 _DECILES = 10
 
@@ -37,6 +38,12 @@ class Table:
     scores: dict[str, NDArray[np.float64]]
 
 
+def modality_in_tables(name: str) -> str:
+    """The modality of a case, by its file name; ``other`` where that begins with none."""
+    modality = modality_of(name)
+    return modality if modality in _MODALITIES else "other"
+
+
 def case_table(results: Sequence[CaseResult]) -> Table:
     """One row a case: its mean over the classes; 0 throughout where it took too long."""
     scores = {
@@ -45,7 +52,7 @@ def case_table(results: Sequence[CaseResult]) -> Table:
         )
         for metric in METRICS
     }
-    modality = [modality_of(r.name) for r in results]
+    modality = [modality_in_tables(r.name) for r in results]
     return Table(modality, [""] * len(results), np.zeros(len(results), np.int64), scores)
 
 
@@ -59,7 +66,7 @@ def object_table(results: Sequence[CaseResult]) -> Table:
         for metric in METRICS
     }
     return Table(
-        [modality_of(r.name) for r, _ in every],
+        [modality_in_tables(r.name) for r, _ in every],
         [r.structures[i] for r, i in every],
         np.array([r.voxels[i] for r, i in every], np.int64),
         scores,
@@ -67,8 +74,7 @@ def object_table(results: Sequence[CaseResult]) -> Table:
 
 
 def _columns(result: CaseResult, rounds: list[float]) -> list[float]:
-    if result.seconds > result.seconds_allowed:
-        rounds = [0.0] * len(rounds)
+    rounds = result.counted(rounds)
     first = rounds[0] if result.has_boxes else float("nan")
     return [first, *rounds[1:], area_under_curve(rounds), rounds[-1]]
 
@@ -224,7 +230,7 @@ def stress_rows(runs: Mapping[str, Sequence[CaseResult]]) -> list[dict[str, Any]
                 for one, other in pairs:
                     turn_held = turn if turn is not None else int(not one.has_boxes)
                     scores.append(
-                        (one.case_scores(metric)[turn_held], other.case_scores(metric)[turn_held])
+                        [r.counted(r.case_scores(metric))[turn_held] for r in (one, other)]
                     )
                 mean, mean_exact = np.mean(scores, axis=0)
                 row[f"{metric.upper()}_{column}"] = float(mean)

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from tests.phantoms import challenge_case, write_npz
-from training.evaluation import evaluate
+from training.evaluation import code_version, evaluate
 from training.evaluation.comparison import compare
 from training.evaluation.evaluate import main
-from training.evaluation.results import RunFolder, list_runs, read_csv
-from training.evaluation.summary import COLUMNS, bootstrap, modality_rows
+from training.evaluation.results import read_csv, write_csv
+from training.evaluation.summary import bootstrap
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 
@@ -114,7 +114,7 @@ def test_other_settings_need_another_folder(cases, tmp_path, monkeypatch, capsys
     assert run(cases, tmp_path, "--predictor", "box") == 0
     assert run(cases, tmp_path, "--predictor", "box", "--no-boxes") == 2
     assert "boxes True -> False" in capsys.readouterr().err
-    monkeypatch.setattr(evaluate, "_SCORING", ("clicks",))  # as if the code had changed
+    monkeypatch.setattr(code_version, "_SCORING", ("clicks",))  # as if the code had changed
     assert run(cases, tmp_path, "--predictor", "box") == 2
     assert "(code '" in capsys.readouterr().err
     monkeypatch.undo()
@@ -198,6 +198,10 @@ def test_failed_predictions_are_told(cases, tmp_path, capsys):
         (["--predictor", "box", "--prompts", "shaky"], "prompts 'shaky'; accepted"),
         (["--predictor", "box", "--limit", "0"], "limit 0; accepted"),
         (["--predictor", "box,ellipsoid", "--name", "both"], "accepted: one"),
+        (["--predictor", "box", "--name", "a/b"], "--name 'a/b'; accepted"),
+        (["--predictor", "box", "--name", "a@b"], "--name 'a@b'; accepted"),
+        (["--predictor", "box", "--name", ""], "--name ''; accepted"),
+        (["--predictor", "box", "--name", ".."], "--name '..'; accepted"),
         (["--weights", "/nowhere"], "no weights '/nowhere'"),
         (["--weights", __file__, "--jobs", "2"], "test_evaluate.py: "),
         (["--predictor", "box,magic"], "predictor 'magic'; accepted"),
@@ -322,8 +326,9 @@ def official(path: Path, finals: dict[str, float]) -> Path:
     columns = ("DSC_1", "DSC_AUC", "DSC_Final", "NSD_1", "NSD_AUC", "NSD_Final")
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["CaseName", *columns])
-        writer.writerows([name, *[value] * 6] for name, value in finals.items())
+        times = ["RunningTime_1", "TotalRunningTime", "runtime_upperbound"]
+        writer.writerow(["CaseName", *columns, *times])
+        writer.writerows([name, *[value] * 6, 1, 6, 90] for name, value in finals.items())
     return path
 
 
@@ -335,6 +340,14 @@ def test_comparison_is_paired_by_case(tmp_path):
     assert (final.better, final.worse) == (9, 0)
     assert final.mean == pytest.approx(0.045)
     assert final.p_value == pytest.approx(2 / 2**9)
+    # Cases that one of the runs held without boxes have no first round to compare.
+    boxless = read_csv(theirs)
+    for row in boxless[:4]:
+        row |= {"RunningTime_1": 0.0, "DSC_1": 0.0, "NSD_1": 0.0}
+    write_csv(theirs, boxless)
+    assert [len(d.cases) for d in compare(ours, theirs)] == [6, 10, 10, 6, 10, 10]
+    write_csv(theirs, boxless[:4])
+    assert [d.column for d in compare(ours, theirs)][:2] == ["DSC_AUC", "DSC_Final"]
     with pytest.raises(ValueError, match="no case in common"):
         compare(ours, official(tmp_path / "c.csv", {"z": 1}))
     (tmp_path / "d.csv").write_text("a,b\n1,2\n")
@@ -350,20 +363,3 @@ def test_bootstrap_covers_the_mean():
     assert 0.89 <= np.mean(covered) <= 0.98
     values[:3] = np.nan
     assert {count for *_, count in bootstrap(values, [np.ones(40, bool)])} == {37}
-
-
-def test_late_cases_count_as_zero_in_tables_only(cases, tmp_path, capsys):
-    assert run(cases, tmp_path, "--predictor", "box") == 0
-    [folder] = list_runs(tmp_path)
-    results = folder.results()
-    before = modality_rows(results, "dsc")[-1][2]
-    late = folder.load(results[0].name)
-    slow = type(late)(**{**vars(late), "rounds": tuple(slowed(r) for r in late.rounds)})
-    after = modality_rows([slow, *results[1:]], "dsc")[-1][2]
-    final = COLUMNS.index("Final")
-    assert after[final] == pytest.approx(before[final] - late.case_scores("dsc")[-1] / 4)
-    assert RunFolder(tmp_path, "box").load("none.npz") is None
-
-
-def slowed(held):
-    return None if held is None else type(held)(**{**vars(held), "seconds": 31.0})

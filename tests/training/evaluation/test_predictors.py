@@ -115,8 +115,9 @@ def test_predict_sh_scores_as_the_segmenter_does(tmp_path, monkeypatch):
     ],
 )
 def test_commands_that_fail(tmp_path, arrays, text, message):
-    with pytest.raises(PredictionError, match=message):
+    with pytest.raises(PredictionError, match=message) as failure:
         Command(script(tmp_path, text))(arrays, "CT_case.npz")
+    assert failure.value.seconds > 0
 
 
 def test_a_case_can_be_read_by_a_containers_user_whatever_the_umask(tmp_path, arrays):
@@ -164,8 +165,9 @@ def test_an_exception_is_a_failed_prediction(arrays):
     def broken(case):
         raise KeyError("oops")
 
-    with pytest.raises(PredictionError, match="KeyError: 'oops'"):
+    with pytest.raises(PredictionError, match="KeyError: 'oops'") as failure:
         InProcess(broken)(arrays, "CT_case.npz")
+    assert failure.value.seconds > 0
 
 
 def test_choices_that_cannot_be_built():

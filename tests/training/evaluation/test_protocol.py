@@ -150,19 +150,37 @@ def test_a_failure_leaves_the_last_prediction_in_force(tmp_path):
     def fails_later(given, name):
         calls.append(name)
         if len(calls) != 2:
-            raise PredictionError("no luck")
+            raise PredictionError("no luck", 2.0)
         return Prediction(arrays["gts"], 1.0, None)
 
     result, segs = run_case(load_labelled_case(path), fails_later)
     assert result.case_scores("dsc") == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert [held.error for held in result.rounds] == ["no luck", None, *["no luck"] * 4]
     assert (segs == arrays["gts"]).all()
+    assert result.seconds == 1 + 5 * 2
 
 
 def test_json_gives_the_result_back_exactly(tmp_path):
     path = write_npz(tmp_path / "CT_json.npz", challenge_case((10, 30, 30), 2, boxes=False))
     result, _ = run_case(load_labelled_case(path), InProcess(obedient))
     assert CaseResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+@pytest.mark.parametrize("labels", [(1, 3), (2, 300)])
+def test_classes_are_numbered_by_the_boxes_whatever_the_labels(tmp_path, labels):
+    arrays = challenge_case((10, 30, 30), 2)
+    expected, _ = run_case(
+        load_labelled_case(write_npz(tmp_path / "CT_a.npz", arrays)), InProcess(obedient)
+    )
+    arrays["gts"] = np.array([0, *labels], np.uint16)[arrays["gts"]]
+    path = write_npz(tmp_path / "CT_a.npz", arrays)
+    entry = {"file": path.name, "structures": {str(labels[1]): "liver"}}
+    (tmp_path / "manifest.json").write_text(json.dumps([entry]))
+    case = load_labelled_case(path)
+    assert case.structures == ("", "liver")
+    found, _ = run_case(case, InProcess(obedient))
+    assert found.case_scores("dsc") == expected.case_scores("dsc")
+    assert (found.labels, found.voxels) == ((1, 2), expected.voxels)
 
 
 def test_time_is_summed_and_limited_by_class(tmp_path):
@@ -193,6 +211,7 @@ def test_references_from_another_folder(tmp_path):
     [
         ({"gts": np.zeros((10, 30, 30), np.uint8)}, "no labelled voxel"),
         ({"gts": np.ones((10, 30, 31), np.uint8)}, "gts of shape"),
+        ({"gts": np.arange(9000).reshape(10, 30, 30) % 257}, "256 labels; accepted: at most 255"),
         ({"boxes": np.array([{}], object)}, r"boxes of shape \(1,\), 2 classes"),
         ({"spacing": np.zeros(3)}, "three positive numbers"),
     ],

@@ -67,6 +67,23 @@ def test_bent_cases_can_be_evaluated_and_faults_are_told(
     assert "no .npz" in capsys.readouterr().err
 
 
+def test_a_case_whose_labels_are_all_lost_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cases").mkdir()
+    gts = np.zeros((20, 24, 28), np.uint8)
+    gts[10, 12, 14] = 1
+    for number in range(12):  # bending moves the voxel: of some of them nothing is left
+        path = tmp_path / "cases" / f"CT_one_{number}.npz"
+        np.savez(path, imgs=gts + 90, gts=gts, spacing=[1, 1, 1])
+    assert main(["--cases", str(tmp_path / "cases"), "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told and all("bending loses all labels; accepted" in line for line in told)
+    written = list((tmp_path / "out").iterdir())
+    assert len(written) == 12 - len(told)
+    assert all(load_labelled_case(path).reference.labels == [1] for path in written)
+
+
 def test_what_cannot_start_is_told_in_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
