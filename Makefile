@@ -72,7 +72,7 @@ lint: $(tests)
 	@$(VENV)/bin/lint-imports
 
 test: lint
-	@$(python) -m pytest
+	@$(python) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 bench: $(tests)
 	@failed=; \

@@ -391,6 +391,6 @@ def test_objects_too_small_to_show_are_reported(tmp_path: Path) -> None:
     dataset = WindowDataset(load_folder(tmp_path), settings)
     assert dataset.draw([0], 32)[0].target.any()
     with pytest.raises(ValueError, match="shows 8 cells of an object after 100 attempts"):
-        WindowDataset(load_folder(tmp_path), config(box_scale=[90.0, 99.0], no_box=0.0)).draw(
-            [0], 16
-        )
+        WindowDataset(
+            load_folder(tmp_path), config(box_scale=[90.0, 99.0], no_box=0.0, zoom=0.0)
+        ).draw([0], 16)
