@@ -102,9 +102,6 @@ def test_prompts_of_other_objects_lie_where_these_are(tmp_path: Path) -> None:
     for i in range(300):
         plan = planner.plan(i, np.random.default_rng(i), 32)
         (labels,), _, (inside,) = cut_windows(store, [plan], shown=False)
-        assert len(plan.elsewhere) == 5
-        if not plan.boxed and plan.around is None:
-            assert len(plan.elsewhere[0]) <= 1
         for place in np.concatenate(plan.elsewhere).round().astype(int):
             if (place >= 0).all() and (place < 32).all():  # a close look knows of more
                 clicked.append(int(labels[tuple(place)]) == 3 - plan.label)
