@@ -193,7 +193,7 @@ class Config:
         for least, names in _LEAST:
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not least <= value < math.inf:
+                if not least <= value < math.inf:
                     raise ValueError(f"{name} is {value}; accepted: at least {least}")
         for name in ("lr", "lr_prompts"):
             value = getattr(self, name)

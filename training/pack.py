@@ -23,6 +23,7 @@ import numpy as np
 
 from inference.npz import NpzFile
 from training.manifest import case_files
+from training.volumes import to_bytes
 
 _FEWEST_BITS = 5
 
@@ -83,8 +84,7 @@ def _with_fewer_bits(path: Path, bits: int) -> bytes:
     with NpzFile(path) as file:
         arrays = dict(file)
     if "imgs" in arrays:
-        clipped = np.clip(np.nan_to_num(arrays["imgs"].astype(np.float32)), 0, 255)
-        image = clipped.round().astype(np.uint8)  # as training rounds
+        image = to_bytes(arrays["imgs"])
         lost = 8 - bits
         fewer = (image >> lost << lost) + np.uint8(1 << lost >> 1)
         arrays["imgs"] = np.where(image > 0, fewer, 0).astype(np.uint8)

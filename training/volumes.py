@@ -139,8 +139,7 @@ def _volume(
     kept, (z, y, x) = checked(name, image, labels, spacing_xyz)
     voxels = None
     if image is not None:
-        clipped = np.clip(np.nan_to_num(image.astype(np.float32)), 0, 255)
-        voxels = torch.from_numpy(clipped.round().astype(np.uint8))
+        voxels = torch.from_numpy(to_bytes(image))
     objects = []
     for label, place in enumerate(ndimage.find_objects(kept.astype(np.int32)), start=1):
         if place is None:
@@ -150,6 +149,13 @@ def _volume(
             start = (place[0].start, place[1].start, place[2].start)
             objects.append(_measured(label, mask, start, (z, y, x)))
     return LabelledVolume(name, voxels, torch.from_numpy(kept), (z, y, x), tuple(objects))
+
+
+def to_bytes(image: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Intensities as they are trained on: whole numbers 0..255, what is no number being 0."""
+    clipped = np.clip(np.nan_to_num(image.astype(np.float32)), 0, 255)
+    voxels: NDArray[np.uint8] = clipped.round().astype(np.uint8)
+    return voxels
 
 
 def checked(
