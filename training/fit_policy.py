@@ -20,7 +20,7 @@ The procedure:
    patients in them and units in those. A candidate is out where, for any modality's undegraded
    units, mean gain less one standard error is a loss beyond the tolerance.
 4. Cross-validation over patients: the best candidate on four fifths is applied to the last fifth. A
-   step is taken only if that gains (the 95 % bootstrap interval over patients lies above 0) and no
+   step is taken only if that gains (the 95 % interval over patients lies above 0) and no
    modality's undegraded units lose more than the tolerance. Then the best candidate on all patients
    becomes a rule, and the step is tried again on what its rules leave out.
 """
@@ -44,9 +44,9 @@ from inference.object_features import FEATURES, ObjectFeatures, measure
 from inference.policy import ANY, POLICY_FILE, Condition, Rule, modality_of
 from inference.whole_file import replacing
 from training.evaluation.degradation import degrade
+from training.evaluation.intervals import mean_intervals
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.recording import load_record, record_folder, restrict
-from training.evaluation.summary import bootstrap
 
 #: Amounts that are tried of each step.
 AMOUNTS = {
@@ -285,10 +285,10 @@ class Fit:
     def _interval(
         self, gain: NDArray[np.float64], among: NDArray[np.bool_]
     ) -> tuple[float, float, float]:
-        """Mean over modalities and its 95 % bootstrap interval over patients."""
+        """Mean over modalities and its 95 % interval over patients."""
         means, known = self._patients(gain, among)
         strata = [known & (self.group_modality == m) for m in self.modalities]
-        mean, low, high, _ = bootstrap(means[:, None], strata)[0]
+        mean, low, high, _ = mean_intervals(means[:, None], strata)[0]
         return mean, low, high
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -176,7 +177,7 @@ def _evaluation(figures: Figures, digest: str) -> str:
             lines.append(f"| {name} | {n} | {' | '.join(cells)} |")
         overall = [table.get((run, _MEAN, metric, t)) for t in turns]
         ranges = [_cell(row, "ci95_low", "ci95_high") for row in overall]
-        lines.append(f"| its 95 % bootstrap interval | | {' | '.join(ranges)} |")
+        lines.append(f"| its 95 % interval | | {' | '.join(ranges)} |")
         for other in exact:
             found = [table.get((other, _MEAN, metric, t)) for t in turns]
             if other != run and any(found):
@@ -193,8 +194,10 @@ def _settings(summary: Path, run: str) -> dict[str, Any]:
 
 
 def _cell(row: Mapping[str, str] | None, *keys: str) -> str:
-    """Figures of a row; a dash where there is none, as of the box round without boxes."""
-    return "–".join(f"{float(row[key]):.3f}" for key in keys) if row is not None else "–"
+    """Figures of a row; a dash where there are none, as of the box round without boxes."""
+    if row is None or any(math.isnan(float(row[key])) for key in keys):
+        return "–"
+    return "–".join(f"{float(row[key]):.3f}" for key in keys)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.evaluation.summary import bootstrap, modality_in_tables
+from training.evaluation.intervals import mean_intervals
+from training.evaluation.summary import modality_in_tables
 
 #: Name of the variant all others are compared with, and of the fitted rules.
 OFF, AUTO = "off", "auto"
@@ -38,7 +40,7 @@ class Table:
 def summarise_ablation(rows: Sequence[Row]) -> list[Row]:
     """Mean and paired difference to ``off`` of each variant, by noise, modality, round and metric.
 
-    Differences come with bootstrap 95 % intervals over cases; ``all rounds`` is the mean over a
+    Differences come with 95 % intervals over cases; ``all rounds`` is the mean over a
     case's rounds, ``mean of modalities`` weighs the modalities alike.
 
     Args:
@@ -61,8 +63,8 @@ def summarise_ablation(rows: Sequence[Row]) -> list[Row]:
             for variant, values in scores.items():
                 gains = values - scores[OFF]
                 for group, strata in groups.items():
-                    means = bootstrap(_with_mean(values[:, rounds]), strata)
-                    paired = bootstrap(_with_mean(gains[:, rounds]), strata)
+                    means = mean_intervals(_with_mean(values[:, rounds]), strata)
+                    paired = mean_intervals(_with_mean(gains[:, rounds]), strata)
                     for column, (mean, *_), (gain, low, high, count) in zip(
                         columns, means, paired, strict=True
                     ):
@@ -110,7 +112,7 @@ def is_earned(table: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the rules deserve to be the default.
 
     With the network as it is they cost no modality more than 0.002 DSC (lower end of the paired
-    interval over all rounds), and gain in the mean of the modalities.
+    interval over all rounds, which takes two cases), and gain in the mean of the modalities.
     """
     rows = [
         row
@@ -177,7 +179,7 @@ def _short_cell(row: Mapping[str, Any]) -> str:
         return f"{float(row['mean']):.3f}"
     gain, low, high = (100 * float(row[key]) for key in ("gain", "ci95_low", "ci95_high"))
     text = f"**{gain:+.2f}**" if low > 0 or high < 0 else f"{gain:+.2f}"
-    return f"{text} [{low:+.2f}, {high:+.2f}]" if row["variant"] in ("paper", AUTO) else text
+    return text + _ends(low, high) if row["variant"] in ("paper", AUTO) else text
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]], across: str) -> Table:
@@ -194,4 +196,9 @@ def _cell(row: Mapping[str, Any]) -> str:
     if row["variant"] == OFF:
         return f"{float(row['mean']):.4f}"
     gain, low, high = (100 * float(row[key]) for key in ("gain", "ci95_low", "ci95_high"))
-    return f"{gain:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{gain:+.2f}{_ends(low, high)}"
+
+
+def _ends(low: float, high: float) -> str:
+    """An interval; nothing where a single case tells none."""
+    return "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"

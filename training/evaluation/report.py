@@ -145,7 +145,7 @@ def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
         "<h2>Post-processing</h2>",
         '<p class="note">Each of the paper\'s steps alone, each left out of their chain, the whole '
         "chain, and steps chosen by rules (auto), on the same logits: the rounds were held once, "
-        "without post-processing. In brackets the 95 % bootstrap interval over cases of the paired "
+        "without post-processing. In brackets the 95 % interval over cases of the paired "
         "difference.</p>",
     ]
     for table in ablation_tables(rows):

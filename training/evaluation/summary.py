@@ -1,8 +1,7 @@
-"""Scores by modality, structure, object size and round, with bootstrap intervals."""
+"""Scores by modality, structure, object size and round, with confidence intervals."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.policy import modality_of
+from training.evaluation.intervals import mean_intervals
 from training.evaluation.metrics import area_under_curve
 from training.evaluation.protocol import ROUNDS, CaseResult
 
 METRICS = ("dsc", "nsd")
 COLUMNS = ("box", *(f"click {n}" for n in range(1, ROUNDS)), "AUC", "Final")
 _MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")
-_RESAMPLES = 2000
 _DECILES = 10
 
 
@@ -80,7 +79,7 @@ def _columns(result: CaseResult, rounds: list[float]) -> list[float]:
 
 
 def summarise(results: Sequence[CaseResult]) -> list[dict[str, Any]]:
-    """Rows of ``summary.csv``: mean and bootstrap 95 % interval of each group, metric and column.
+    """Rows of ``summary.csv``: mean and its 95 % interval of each group, metric and column.
 
     Groups are all cases, the mean of the modalities' means, each modality (a row a case), each
     structure and each decile of object size (a row an object).
@@ -106,7 +105,7 @@ def summarise(results: Sequence[CaseResult]) -> list[dict[str, Any]]:
         for metric in METRICS:
             values = table.scores[metric]
             for column, (mean, low, high, count) in zip(
-                COLUMNS, bootstrap(values, strata), strict=True
+                COLUMNS, mean_intervals(values, strata), strict=True
             ):
                 if count:
                     rows.append(
@@ -134,36 +133,6 @@ def _deciles(voxels: NDArray[np.int64]) -> list[tuple[str, NDArray[np.bool_]]]:
         if mask.any():
             groups.append((f"{voxels[mask].min()}-{voxels[mask].max()} voxels", mask))
     return groups
-
-
-def bootstrap(
-    values: NDArray[np.float64], strata: Sequence[NDArray[np.bool_]]
-) -> list[tuple[float, float, float, int]]:
-    """Mean, 95 % percentile interval and count of each column of ``values``.
-
-    Args:
-        values: (rows, columns); NaN rows of a column are left out.
-        strata: masks of rows; the statistic is the mean of their means, each resampled by itself.
-    """
-    random = np.random.default_rng(0)
-    result = []
-    for column in values.T:
-        parts = [column[mask][~np.isnan(column[mask])] for mask in strata]
-        parts = [part for part in parts if len(part)]
-        if not parts:
-            result.append((math.nan, math.nan, math.nan, 0))
-            continue
-        draws = np.mean(
-            [
-                part[random.integers(len(part), size=(_RESAMPLES, len(part)))].mean(1)
-                for part in parts
-            ],
-            axis=0,
-        )
-        low, high = np.quantile(draws, (0.025, 0.975))
-        mean = np.mean([part.mean() for part in parts])
-        result.append((float(mean), float(low), float(high), sum(map(len, parts))))
-    return result
 
 
 def modality_rows(

@@ -220,6 +220,16 @@ def test_rules_have_to_earn_their_place():
     assert not is_earned(table({"CT": 0.0, "PET": 0.0})), "nothing is gained"
 
 
+def test_a_single_case_has_no_interval():
+    found = summarise_ablation(
+        [row("CT_x.npz", name, 0.6 if name == "auto" else 0.5) for name in VARIANTS]
+    )
+    by_modality, *_ = (each.markdown() for each in ablation_tables(found))
+    assert "| auto | +10.00 | +10.00 |" in by_modality
+    assert "| auto | +10.00 | +10.00 |" in digest(found)
+    assert not is_earned(found), "one case cannot tell that the rules do no harm"
+
+
 def test_the_command_writes_its_tables_and_reuses_its_records(
     folder, tmp_path, monkeypatch, capsys
 ):
