@@ -136,11 +136,12 @@ def _describe(
     embedder: functools.partial[NDArray[np.float64]] | None = None,
 ) -> DescribedCase:
     with NpzFile(path) as file:
-        image, labels, spacing = (file.get(key) for key in ("imgs", "gts", "spacing"))
-    if image is None or labels is None or spacing is None:
-        raise ValueError(f"{path}: accepted: npz with imgs, gts and spacing")
-    labels, (z, y, x) = checked(path.stem, image, labels, spacing)
-    labels = labels.astype(np.int32)
+        arrays = {key: file[key] for key in ("imgs", "gts", "spacing") if key in file}
+    if len(arrays) < 3:
+        raise ValueError(f"{path} holds {list(arrays)}; accepted: npz with imgs, gts and spacing")
+    image = arrays["imgs"]
+    kept, (z, y, x) = checked(path.stem, arrays)
+    labels = kept.astype(np.int32)
     objects = []
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         if place is None:

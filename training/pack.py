@@ -23,7 +23,7 @@ import numpy as np
 
 from inference.npz import NpzFile
 from training.manifest import case_files
-from training.volumes import to_bytes
+from training.volumes import checked, to_bytes
 
 _FEWEST_BITS = 5
 
@@ -41,7 +41,7 @@ def pack(folders: Sequence[Path], out: Path, largest: int) -> int:
 
     Raises:
         ValueError: another suffix, a folder has no case, two folders have one name, a file cannot
-            be read, or five bits are still too many.
+            be read or trained on, or five bits are still too many.
     """
     if not out.name.endswith(".tar.xz"):
         raise ValueError(f"{out}; accepted: a file named *.tar.xz")
@@ -83,6 +83,7 @@ def _with_fewer_bits(path: Path, bits: int) -> bytes:
     """The npz file, not compressed, its image as bytes of which the highest ``bits`` count."""
     with NpzFile(path) as file:
         arrays = dict(file)
+    checked(path.stem, arrays)  # now, not where the archive is unpacked
     if "imgs" in arrays:
         image = to_bytes(arrays["imgs"])
         lost = 8 - bits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from training.manifest import case_files
 
 SMALLEST_OBJECT = 8  # voxels
 _LARGEST_LABEL = 32767
+_TRAINED_ON = ("gts", "spacing", "imgs")  # the last where there is one
 _SURFACE_VOXELS = 64  # kept of each object
 _COARSEST = 32  # a pyramid ends where no axis is longer
 _SEED = 17  # of which surface voxels are kept
@@ -100,10 +101,19 @@ def load_volumes(paths: Sequence[Path]) -> list[LabelledVolume]:
 
 
 def _load_volume(path: Path) -> LabelledVolume:
-    with NpzFile(path) as arrays:
-        if not {"gts", "spacing"} <= set(arrays):
-            raise ValueError(f"{path} holds {list(arrays)}; accepted: npz with gts and spacing")
-        return _volume(path.stem, arrays.get("imgs"), arrays["gts"], arrays["spacing"])
+    with NpzFile(path) as file:
+        arrays = {key: file[key] for key in _TRAINED_ON if key in file}
+    kept, (z, y, x) = checked(path.stem, arrays)
+    voxels = torch.from_numpy(to_bytes(arrays["imgs"])) if "imgs" in arrays else None
+    objects = []
+    for label, place in enumerate(ndimage.find_objects(kept.astype(np.int32)), start=1):
+        if place is None:
+            continue
+        mask = kept[place] == label
+        if mask.sum() >= SMALLEST_OBJECT:
+            start = (place[0].start, place[1].start, place[2].start)
+            objects.append(_measured(label, mask, start, (z, y, x)))
+    return LabelledVolume(path.stem, voxels, torch.from_numpy(kept), (z, y, x), tuple(objects))
 
 
 def load_folder(folder: Path, cases: Sequence[str] | None = None) -> list[LabelledVolume]:
@@ -130,27 +140,6 @@ def load_folder(folder: Path, cases: Sequence[str] | None = None) -> list[Labell
     return load_volumes(paths)
 
 
-def _volume(
-    name: str,
-    image: NDArray[np.generic] | None,
-    labels: NDArray[np.generic],
-    spacing_xyz: NDArray[np.generic],
-) -> LabelledVolume:
-    kept, (z, y, x) = checked(name, image, labels, spacing_xyz)
-    voxels = None
-    if image is not None:
-        voxels = torch.from_numpy(to_bytes(image))
-    objects = []
-    for label, place in enumerate(ndimage.find_objects(kept.astype(np.int32)), start=1):
-        if place is None:
-            continue
-        mask = kept[place] == label
-        if mask.sum() >= SMALLEST_OBJECT:
-            start = (place[0].start, place[1].start, place[2].start)
-            objects.append(_measured(label, mask, start, (z, y, x)))
-    return LabelledVolume(name, voxels, torch.from_numpy(kept), (z, y, x), tuple(objects))
-
-
 def to_bytes(image: NDArray[np.generic]) -> NDArray[np.uint8]:
     """Intensities as they are trained on: whole numbers 0..255, what is no number being 0."""
     clipped = np.clip(np.nan_to_num(image.astype(np.float32)), 0, 255)
@@ -159,25 +148,23 @@ def to_bytes(image: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 
 def checked(
-    name: str,
-    image: NDArray[np.generic] | None,
-    labels: NDArray[np.generic],
-    spacing_xyz: NDArray[np.generic],
+    name: str, arrays: Mapping[str, NDArray[np.generic]]
 ) -> tuple[NDArray[np.unsignedinteger | np.int16], Point]:
     """What training takes of a case's arrays, for whoever else judges what it may be trained on.
 
     Args:
         name: of the case.
-        image: ``imgs``, if there are any.
-        labels, spacing_xyz: ``gts`` and ``spacing``.
+        arrays: ``gts``, ``spacing`` and, if there are any, ``imgs``; others are not looked at.
 
     Returns:
         (D, H, W) labels, uint8 or int16, and the spacing (z, y, x).
 
     Raises:
-        ValueError: arrays of other kinds, shapes or ranges.
+        ValueError: one is missing, or arrays of other kinds, shapes or ranges.
     """
-    given = {"gts": labels, "spacing": spacing_xyz} | ({} if image is None else {"imgs": image})
+    given = {key: arrays[key] for key in _TRAINED_ON if key in arrays}
+    if not {"gts", "spacing"} <= set(given):
+        raise ValueError(f"{name} holds {list(arrays)}; accepted: npz with gts and spacing")
     for key, array in given.items():
         fits = key == "spacing" or array.ndim == 3
         if array.dtype.kind not in "biuf" or not array.size or not fits:
@@ -186,17 +173,18 @@ def checked(
                 "numbers, imgs and gts (D, H, W)"
             )
     try:
-        x, y, z = as_spacing(spacing_xyz.reshape(-1))
-        kept = np.ascontiguousarray(as_labels(labels))
+        x, y, z = as_spacing(given["spacing"].reshape(-1))
+        kept = np.ascontiguousarray(as_labels(given["gts"]))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if kept.dtype == np.uint16:
         if kept.max() > _LARGEST_LABEL:
             raise ValueError(f"{name}: label {kept.max()}; accepted: up to {_LARGEST_LABEL}")
         kept = kept.astype(np.uint8 if kept.max() < 256 else np.int16)  # torch has no uint16
+    image = given.get("imgs")
     if image is not None:
-        if image.shape != labels.shape:
-            raise ValueError(f"{name}: imgs {image.shape} and gts {labels.shape} differ in shape")
+        if image.shape != kept.shape:
+            raise ValueError(f"{name}: imgs {image.shape} and gts {kept.shape} differ in shape")
         low, high = np.nanmin(image), np.nanmax(image)
         fractions = image.dtype.kind == "f" and 0 < high <= 1
         if low < 0 or high > 255 or fractions:

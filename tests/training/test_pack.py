@@ -162,3 +162,32 @@ def test_from_an_archive_to_weights_and_figures_in_one_command(tmp_path: Path) -
             assert (told["steps"], told["config"]["no_box"]) == (steps, share)
         assert (out / "box" / "summary.csv").is_file() == ("val" in names)
     assert (out / "nobox" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"imgs": np.full((4, 5, 6), 1500.0)}, "imgs from 1500 to 1500; accepted: 0 to 255"),
+        ({"gts": np.ones((4, 5), np.uint8)}, "received gts of uint8 and shape (4, 5)"),
+        ({"spacing": None}, "holds ['imgs', 'gts']; accepted: npz with gts and spacing"),
+    ],
+)
+def test_what_training_refuses_is_not_packed(
+    change: dict[str, np.ndarray | None],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Clipped to 255 it would train the network on nonsense, far from where anyone looks."""
+    case = tmp_path / "train" / "CT_a_0.npz"
+    case.parent.mkdir()
+    arrays = {
+        "imgs": np.ones((4, 5, 6), np.uint8),
+        "gts": np.ones((4, 5, 6), np.uint8),
+        "spacing": np.ones(3),
+    } | change
+    np.savez(case, **{key: array for key, array in arrays.items() if array is not None})
+    assert main([str(case.parent), "--out", str(tmp_path / "data.tar.xz")]) == 1
+    error = capsys.readouterr().err
+    assert said in error and "CT_a_0" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
