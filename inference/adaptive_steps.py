@@ -1,19 +1,18 @@
 """Post-processing steps on one object's logits, with lengths in mm and guarantees.
 
-1. ``threshold``: cut probabilities lower where the network is unsure, since of all cuts that one
-   maximises the expected Dice (Lipton et al. 2014, "Optimal thresholding of classifiers to maximize
-   F1 measure": at half of the best Dice that can be had).
+1. ``threshold``: cut probabilities below one half, where masks are known to come out too small.
 2. ``trim``: what lies beyond the slices of the box does not belong to the object.
 3. ``islands``: components much smaller than the largest are noise.
 4. ``cavities``: background enclosed by the object belongs to it.
 5. ``gaps``: morphological closing.
 6. ``smooth``: Gaussian blur of the probabilities.
 
-Each takes an ``amount``; lengths are shares of the object's equivalent diameter, in mm, so that a
-nucleus and a liver are treated alike and anisotropic voxels alike along all axes. Whatever the step
-and amount: a click's voxel stays as the click has it; the component that holds a foreground click
-or the box centre is never deleted; a hole that holds a background click is never filled, not even
-in part; a structure thinner than the smoothing kernel is never smoothed away.
+Each takes an ``amount``: log-odds for the threshold, else a share. Lengths are shares of the
+object's equivalent diameter, in mm, so that a nucleus and a liver are treated alike and anisotropic
+voxels alike along all axes. Whatever the step and amount: a click's voxel stays as the click has
+it; the component that holds a foreground click or the box centre is never deleted; a hole that
+holds a background click is never filled, not even in part; a structure thinner than the smoothing
+kernel is never smoothed away.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 
 from inference.case import ObjectPrompts
 from inference.geometry import Triple
-from inference.logits import Logits, expected_dice, probability
+from inference.logits import Logits, probability
 from inference.neighbours import dilated, shut_in
 from inference.refinement import SURE, ObjectLogits
 
@@ -143,10 +142,8 @@ def apply_step(name: str, logits: Logits, region: Region, amount: float) -> Logi
 
 
 def _threshold(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask:
-    """Cut where the expected Dice is best; ``amount`` 1 goes all the way there from one half."""
-    cut = 0.5 - amount * (0.5 - expected_dice(logits) / 2)
-    cut = min(max(cut, 0.02), 0.5)
-    return logits > math.log(cut / (1 - cut))
+    """Cut at a probability whose log-odds are minus ``amount``."""
+    return logits > -amount
 
 
 def _trim(logits: Logits, mask: Mask, region: Region, amount: float) -> Mask:

@@ -11,11 +11,11 @@ The procedure:
 2. Step by step, in the order of application and on top of the rules found so far, every unit gets
    every amount of the step. A candidate is an amount, for one modality or any, without a condition
    or with one on a measurement of the object, split at a quantile. (More conditions, or worth
-   without the standard error, chose rules that cross-validation then refused.) The threshold stands
-   on calibrated probabilities, so it is fitted on undegraded units alone, and its conditions are
-   given: a box, since without one the network is unsure which object is meant rather than where
-   its outline lies, a click, since before the first the engine cuts lower by itself, and an object
-   in one piece.
+   without the standard error, chose rules that cross-validation then refused.) The threshold mends
+   what the network's own probabilities have wrong, so it is fitted on undegraded units alone, and
+   its conditions are given: a box, since without one the network is unsure which object is meant
+   rather than where its outline lies, and a click, since before the first the engine cuts lower by
+   itself.
 3. A candidate is worth its mean gain in DSC less one standard error; modalities weigh alike, so do
    patients in them and units in those. A candidate is out where, for any modality's undegraded
    units, mean gain less one standard error is a loss beyond the tolerance.
@@ -50,7 +50,7 @@ from training.evaluation.recording import load_record, record_folder, restrict
 
 #: Amounts that are tried of each step.
 AMOUNTS = {
-    "threshold": (0.5, 1.0, 1.5),
+    "threshold": (0.25, 0.5, 0.75),
     "trim": (0.2, 0.5),  # never to the very slice: boxes are drawn by people
     "islands": (0.02, 0.05, 0.1, 0.2),
     "cavities": (0.02, 1.0),
@@ -62,7 +62,6 @@ PRECONDITIONS = {
     "threshold": (
         Condition("boxed", False, 1.0),
         Condition("clicks", False, 1.0),
-        Condition("scatter", True, 0.01),
     ),
 }
 #: Steps whose worth is judged on undegraded units alone.
