@@ -7,13 +7,14 @@ public checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -215,6 +216,31 @@ def _state_dict_of(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[st
 def split_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors of one network of a bundle: names that begin with ``prefix``, without it."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """A network's shape: fields of plain values and tuples, kept as JSON in a file's metadata."""
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what ``to_json`` wrote; fields left out take their defaults.
+
+        Raises:
+            ValueError: not a JSON object, an unknown field, or a value that the network refuses.
+        """
+        values = json.loads(text)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or not set(values) <= set(names):
+            raise ValueError(f"{cls.__name__} {text[:200]}; accepted: {', '.join(names)}")
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object, for a weights file's metadata."""
+        return json.dumps(dataclasses.asdict(self))
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
