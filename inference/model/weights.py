@@ -34,6 +34,9 @@ PUBLIC = {
     "sam_med3d_turbo_cvpr_alldata": "all of the CVPR 2025 challenge's data",
 }
 
+#: What ``torch.load`` raises of files that it did not write, or that are damaged.
+NOT_PICKLED = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError)
+
 _SUMS = "SHA256SUMS"
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -143,7 +146,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return tensors, dict(file.metadata() or {})
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file: {_one_line(error)}") from error
+            raise ValueError(f"{path}: not a safetensors file: {first_line(error)}") from error
     if path.suffix in (".pth", ".pt"):
         return _state_dict_of(_load_pickled(path), path)
     raise ValueError(f"{path}: accepted are files named *{', *'.join(_SUFFIXES)}")
@@ -161,7 +164,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {_one_line(error)}") from error
+        raise ValueError(f"{path}: not a safetensors file: {first_line(error)}") from error
 
 
 class _LeftOut:
@@ -192,8 +195,8 @@ def _load_pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         with torch.serialization.safe_globals([(_LeftOut, name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: not a PyTorch weights file: {_one_line(error)}") from error
+    except NOT_PICKLED as error:
+        raise ValueError(f"{path}: not a PyTorch weights file: {first_line(error)}") from error
 
 
 def _state_dict_of(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -319,8 +322,8 @@ def _shorten(names: Iterable[str], limit: int = 5) -> str:
     return (", ".join(names[:limit]) + more) or "none"
 
 
-def _one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: torch adds its stack."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -346,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = download.fetch(options.name, options.folder, options.mirror or download.MIRROR)
             print(path)
     except (OSError, ValueError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
