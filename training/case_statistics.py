@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from inference.case import modality_of
 from inference.coarse import CoarseStage
 from inference.geometry import window_around
 from inference.model.sam_med3d import SamMed3D, load_sam_med3d
 from inference.npz import NpzFile
-from inference.policy import modality_of
 from inference.precision import choose_device
 from inference.refinement import BOX_SCALE
 from inference.resampling import window_cells

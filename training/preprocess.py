@@ -34,11 +34,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from inference.case import MODALITIES
 from inference.intensities import CT_WINDOWS, parse_window
 from inference.whole_file import replacing
 from training.raw_case import Conversion, RawCase, convert, list_cases, read_names
 
-MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")
 COLUMNS = (
     "case",
     "status",
