@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.neighbours import pairs
+from inference.output import label_voxels
 from inference.whole_file import replacing
 
 PANEL_PIXELS = 384
@@ -87,17 +88,17 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 def _best_slices(label_map: NDArray[np.uint8]) -> tuple[int, int, int]:
     """Per axis the slice that holds most of the largest object; the middle where there is none."""
-    voxels = np.zeros(256, np.int64)
-    for plane in label_map:
-        voxels += np.bincount(plane.reshape(-1), minlength=256)
+    voxels = label_voxels(label_map)
     voxels[0] = 0
     if not voxels.any():
         return (label_map.shape[0] // 2, label_map.shape[1] // 2, label_map.shape[2] // 2)
-    mask = label_map == voxels.argmax()
-    z = int(mask.sum(axis=(1, 2)).argmax())
-    y = int(mask.sum(axis=(0, 2)).argmax())
-    x = int(mask.sum(axis=(0, 1)).argmax())
-    return (z, y, x)
+    return fullest_slices(label_map == voxels.argmax())
+
+
+def fullest_slices(mask: NDArray[np.bool_]) -> tuple[int, int, int]:
+    """Along each axis of a (D, H, W) mask the slice that holds most of it."""
+    z, y, x = (int(mask.sum(axis=other).argmax()) for other in ((1, 2), (0, 2), (0, 1)))
+    return z, y, x
 
 
 def _positions(voxels: int, pixels: int) -> NDArray[np.float64]:
