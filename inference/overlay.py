@@ -6,6 +6,7 @@ import colorsys
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +55,8 @@ def draw_overlay(
     for grey, (axis, (down, across)) in zip(greys, cuts, strict=True):
         size = (sizes[down], sizes[across])
         grey = np.clip((grey - low) / max(high - low, 1e-12), 0.0, 1.0)
-        panel = np.repeat(_resize_linear(grey, size)[..., None] * 255.0, 3, axis=2)
-        labels = _resize_nearest(np.take(label_map, centre[axis], axis=axis), size)
+        panel = np.repeat(_resized(grey, size, order=1)[..., None] * 255.0, 3, axis=2)
+        labels = _resized(np.take(label_map, centre[axis], axis=axis), size, order=0)
         outline = _outline(labels)
         panel[outline] = _colours()[labels[outline]]
         # Slice 0 is at the feet in most scans, and a viewer shows the head on top.
@@ -101,28 +102,15 @@ def fullest_slices(mask: NDArray[np.bool_]) -> tuple[int, int, int]:
     return z, y, x
 
 
-def _positions(voxels: int, pixels: int) -> NDArray[np.float64]:
-    """Where the pixels' centres lie, in voxels, when both grids cover the same length."""
-    return (np.arange(pixels) + 0.5) * voxels / pixels - 0.5
+def _resized(plane: NDArray[Any], size: tuple[int, int], order: int) -> NDArray[Any]:
+    """A plane in another number of pixels over the same length: of order 0 nearest, 1 linear."""
+    from scipy import ndimage  # a fifth of a second that only pictures are worth
 
-
-def _resize_nearest(plane: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    rows, columns = (
-        np.clip(np.rint(_positions(n, m)).astype(int), 0, n - 1)
-        for n, m in zip(plane.shape, size, strict=True)
+    factors = [wanted / voxels for wanted, voxels in zip(size, plane.shape, strict=True)]
+    resized: NDArray[Any] = ndimage.zoom(
+        plane, factors, order=order, mode="nearest", grid_mode=True
     )
-    return plane[np.ix_(rows, columns)]
-
-
-def _resize_linear(plane: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    for axis, pixels in enumerate(size):
-        voxels = plane.shape[axis]
-        at = np.clip(_positions(voxels, pixels), 0, voxels - 1)
-        below = np.minimum(at.astype(int), max(voxels - 2, 0))
-        weight = (at - below).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
-        above = np.minimum(below + 1, voxels - 1)
-        plane = plane.take(below, axis) * (1 - weight) + plane.take(above, axis) * weight
-    return plane
+    return resized
 
 
 def _outline(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
