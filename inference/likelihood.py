@@ -32,20 +32,19 @@ NEIGHBOURS = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1)
 def likelihood_log_odds(
     image: Tensor,
     prior: Tensor,
-    mask: Tensor | None = None,
-    clicks: Sequence[Sequence[Click]] = (),
-    doubt: Tensor | None = None,
+    mask: Tensor,
+    clicks: Sequence[Sequence[Click]],
+    doubt: Tensor,
 ) -> Tensor:
     """Posterior log-odds of the object in each window.
 
     Args:
         image: (B, D, H, W) intensities, nominally within [-3, 3] (z-normalised).
         prior: (B, D, H, W) prior log-odds from box and clicks.
-        mask: (B, D, H, W) soft mask in [0, 1] to estimate the first histograms from; without it
-            they come from the prior.
+        mask: (B, D, H, W) soft mask in [0, 1] to estimate the first histograms from.
         clicks: of each window, ((z, y, x) in cells, positive): their cells and the six around each
             go into the histograms, the more of them the more. Those outside are left out.
-        doubt: (B,) in 0..1, how much clicks count beside the mask; 1 by default.
+        doubt: (B,) in 0..1, how much clicks count beside the mask.
 
     Returns:
         (B, D, H, W) log-odds: the prior plus the smoothed log-likelihood ratio, clipped to +-3.
@@ -56,13 +55,10 @@ def likelihood_log_odds(
     few_bins = bins[:, ::2, ::2, ::2].reshape(B, -1).long()
     few_bins += _BINS * torch.arange(B, device=image.device)[:, None]
     few_prior = prior[:, ::2, ::2, ::2].reshape(B, -1)
-    few_mask = (
-        few_prior.sigmoid() if mask is None else mask[:, ::2, ::2, ::2].reshape(B, -1).float()
-    )
+    few_mask = mask[:, ::2, ::2, ::2].reshape(B, -1).float()
     total = _histogram(few_bins, torch.ones_like(few_mask))
     said, count = _clicked(bins, clicks)
-    if doubt is not None:
-        count = count * doubt[:, None, None]
+    count *= doubt[:, None, None]
     share = count / (count + count.new_tensor(_CLICKS_WORTH)[:, None])
     ratio = torch.zeros_like(total)
     for _ in range(_ITERATIONS):

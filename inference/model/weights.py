@@ -12,7 +12,7 @@ import hashlib
 import json
 import pickle
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -315,11 +315,10 @@ def save_weights(
         file.write(memoryview(data)[8 + size :])
 
 
-def _shorten(names: Iterable[str], limit: int = 5) -> str:
-    """List a few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) + more) or "none"
+def _shorten(names: Sequence[str]) -> str:
+    """List five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) + more) or "none"
 
 
 def first_line(error: BaseException) -> str:
