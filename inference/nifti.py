@@ -13,7 +13,6 @@ label maps turn back exactly.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.case import MAX_CLASSES
-from inference.intensities import CT_WINDOWS, PERCENTILES, to_uint8
+from inference.intensities import CT_WINDOWS, PERCENTILES, parse_window, to_uint8
 from inference.nifti_files import check_output, read_volume, write_volume
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
@@ -276,16 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _window(text: str) -> tuple[float, float]:
-    if text in CT_WINDOWS:
-        return CT_WINDOWS[text]
     try:
-        width, level = map(float, text.split(","))
-        if not math.isfinite(width) or not math.isfinite(level):
-            raise ValueError
-    except ValueError:
-        names = ", ".join(CT_WINDOWS)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither {names} nor W,L") from None
-    return width, level
+        return parse_window(text)
+    except ValueError as error:  # of whose text argparse would say nothing
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _click(words: Sequence[str]) -> tuple[int, str, tuple[int, int, int]]:

@@ -283,11 +283,9 @@ def _segment_file(
 
 
 def _report(case: Case, label_map: NDArray[np.uint8], seconds: float, device: str) -> str:
-    import numpy as np
+    from inference.output import label_voxels
 
-    voxels = np.zeros(256, np.int64)
-    for plane in label_map:  # plane by plane: bincount widens its input to 8 bytes a voxel
-        voxels += np.bincount(plane.reshape(-1), minlength=256)
+    voxels = label_voxels(label_map)
     labels = [prompts.label for prompts in case.objects]
     counts = " ".join(f"{label}:{voxels[label]}" for label in labels)
     shape = "x".join(str(size) for size in label_map.shape)
