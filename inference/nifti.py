@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.case import MAX_CLASSES
+from inference.case import MAX_CLASSES, modality_of
 from inference.intensities import CT_WINDOWS, PERCENTILES, parse_window, to_uint8
 from inference.nifti_files import check_output, read_volume, write_volume
 from inference.npz import NpzFile
@@ -299,6 +299,9 @@ def _to_npz(options: argparse.Namespace) -> None:
     clicks = [_click(words) for words in options.click]
     previous = _read_segs(options.previous) if options.previous else None
     case = to_case(image, options.window, labels, options.box, clicks, previous)
+    if modality_of(options.case.name) == "CT" and options.window is None:
+        said = "the networks know CT in one of the windows that --help names"
+        print(f"{options.case}: a CT without --window: {said}", file=sys.stderr)
     if not {"boxes", "clicks"} & set(case):
         print(f"{options.case}: nothing to segment in it yet (--box, --click)", file=sys.stderr)
     options.case.parent.mkdir(parents=True, exist_ok=True)
@@ -316,7 +319,8 @@ def _to_npz(options: argparse.Namespace) -> None:
 def _read_segs(path: Path) -> NDArray[np.uint8]:
     with NpzFile(path) as arrays:
         if "segs" not in arrays:
-            raise ValueError(f"{path}: received keys {list(arrays)}; accepted: segs")
+            hint = " (a case, not a result?)" if "imgs" in arrays else ""
+            raise ValueError(f"{path}: received keys {list(arrays)}; accepted: segs{hint}")
         label_map = arrays["segs"]
     labels: NDArray[Any] = label_map
     if labels.dtype != np.uint8 and labels.dtype.kind in "biuf":
