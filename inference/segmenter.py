@@ -48,7 +48,8 @@ Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 #: How much more a closer look counts than the one it was chosen from (fitted on training cases).
 _CLOSER_COUNTS = 2.0
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
-#: From this click on a mask without a box is large and small as its object is (likewise).
+#: Clicks from which on the last mask of an object without a box is about as large as the object,
+#: so that a box about it may stand for the user's (fitted on training cases).
 _SIZE_KNOWN = 4
 _TILES = 4  # of one object's second pass at most
 _TILES_PER_CASE = 100  # of all objects together, the challenge's time limit in view
