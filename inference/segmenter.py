@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inference.appearance import told_apart
+from inference.appearance import with_intensity_evidence
 from inference.case import Box, Case, ObjectPrompts
 from inference.coarse import CoarseStage
 from inference.consensus import FLOOR, consensus
@@ -122,7 +122,7 @@ class Segmenter:
             self.used_device = torch.device("cpu")
 
     def _finished(self, case: Case, finish: Finish | None) -> NDArray[np.uint8]:
-        results = told_apart(self.segment(case.objects, case.previous), case)
+        results = with_intensity_evidence(self.segment(case.objects, case.previous), case)
         return merge(results, self._volume) if finish is None else finish(results, case)
 
     def _move(self, device: torch.device) -> None:
@@ -182,7 +182,7 @@ class Segmenter:
                 self._look(refiner, [k for k in looks if self._asks(k.prompts) is refiner])
             for o in some:
                 if o.label in parts:
-                    yield self._finish(parts[o.label], tiles)
+                    yield self._combine(parts[o.label], tiles)
                 elif previous is not None:
                     yield last_mask(previous, o.label, known[o.label])
 
@@ -292,7 +292,7 @@ class Segmenter:
         cells[window.inside(self._volume)] = 1
         return cells
 
-    def _finish(self, looks: Sequence[Look], tiles: int) -> ObjectLogits:
+    def _combine(self, looks: Sequence[Look], tiles: int) -> ObjectLogits:
         """One object out of its looks."""
         if len(looks) == 1:
             result = self._voxels(looks[0], tiles)
