@@ -195,16 +195,16 @@ class WindowDataset:
         elsewhere = tuple(_outside(target, places) for places in plan.elsewhere)
         around = None if plan.around is None else self._surroundings(plan, plan.around)
         sample = Sample(
-            image,
-            target,
-            inside,
-            WindowPrompts(),
-            elsewhere,
-            self._beside(plan),
-            around,
-            plan.cell,
-            plan.wide,
-            source,
+            image=image,
+            target=target,
+            inside=inside,
+            prompts=WindowPrompts(),
+            elsewhere=elsewhere,
+            beside=self._beside(plan),
+            around=around,
+            cell=plan.cell,
+            wide=plan.wide,
+            source=source,
         )
         if plan.boxed:
             low, high, middle = plan.box or challenge_box(target.cpu().numpy(), plan.padding)
