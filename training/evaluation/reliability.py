@@ -23,10 +23,9 @@ from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.recording import RecordedCase, load_record, record_folder, restrict
 from training.evaluation.report import write_report
 from training.evaluation.results import list_runs, write_csv
-from training.evaluation.summary import modality_in_tables
+from training.evaluation.summary import MEAN_OF_MODALITIES, modality_in_tables
 
 BINS = 10
-MEAN = "mean of modalities"
 
 
 def count_case(record: RecordedCase, case: LabelledCase) -> NDArray[np.float64]:
@@ -69,7 +68,7 @@ def reliability_rows(counts: Mapping[str, NDArray[np.float64]]) -> list[dict[str
         the two (Guo et al. 2017).
     """
     shares = {name: count / count[0].sum() for name, count in counts.items() if count[0].sum()}
-    shares[MEAN] = np.mean(list(shares.values()), axis=0)
+    shares[MEAN_OF_MODALITIES] = np.mean(list(shares.values()), axis=0)
     rows = []
     for name, (share, probable, true) in shares.items():
         error = float(np.abs(probable - true).sum())

@@ -16,6 +16,7 @@ from training.evaluation.protocol import ROUNDS, CaseResult
 
 METRICS = ("dsc", "nsd")
 COLUMNS = ("box", *(f"click {n}" for n in range(1, ROUNDS)), "AUC", "Final")
+MEAN_OF_MODALITIES, MEAN_OF_CASES = "mean of modalities", "mean of cases"
 _MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")
 _DECILES = 10
 
@@ -91,7 +92,7 @@ def summarise(results: Sequence[CaseResult]) -> list[dict[str, Any]]:
     modalities = sorted(set(cases.modality))
     by_modality = [np.array(cases.modality) == m for m in modalities]
     groups.append(("all", "cases", cases, [everything]))
-    groups.append(("all", "mean of modalities", cases, by_modality))
+    groups.append(("all", MEAN_OF_MODALITIES, cases, by_modality))
     groups += [
         ("modality", m, cases, [mask]) for m, mask in zip(modalities, by_modality, strict=True)
     ]
@@ -152,8 +153,8 @@ def modality_rows(
         rows.append((modality, len(of_it), _mean_rows(of_it)))
     if len(rows) > 1:
         means = np.array([mean for _, _, mean in rows])
-        rows.append(("mean of modalities", len(results), _mean_rows(means)))
-        rows.append(("mean of cases", len(results), _mean_rows(values)))
+        rows.append((MEAN_OF_MODALITIES, len(results), _mean_rows(means)))
+        rows.append((MEAN_OF_CASES, len(results), _mean_rows(values)))
     return rows
 
 
