@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.case import Case
+from inference.case import MAX_CLASSES, Case
 from inference.finishing import Finisher
 from inference.geometry import Triple
 from inference.model.weights import find_weights, sha256_of
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--cache", type=Path, required=True, metavar="DIR", help="where records are kept")
     add("--out", type=Path, required=True, metavar="DIR", help="where the tables go")
     add("--weights", default="default", metavar="FILE", help="bundle, or its name")
-    add("--objects", type=int, default=255, metavar="N", help="most classes of a case")
+    add("--objects", type=int, default=MAX_CLASSES, metavar="N", help="most classes of a case")
     add("--rounds", type=int, nargs="+", default=[0, 1, 3, 5], metavar="N", help="0: the box round")
     add("--noise", type=float, nargs="+", default=[0.0, PAPER_NOISE], metavar="SD")
     add("--document", type=Path, metavar="MD", help="also put a digest between its markers")

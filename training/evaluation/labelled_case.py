@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.case import MAX_CLASSES
 from inference.npz import NpzFile
 from training.evaluation.label_map import LabelMap
 from training.evaluation.metrics import as_spacing
 from training.evaluation.surface_dice import Spacing
 from training.manifest import read_structures
-
-_MOST_CLASSES = 255  # of a label map of uint8
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def load_labelled_case(
     stored = reference.labels
     if not stored:
         raise ValueError(f"{path.name}: no labelled voxel")
-    if len(stored) > _MOST_CLASSES:
-        raise ValueError(f"{path.name}: {len(stored)} labels; accepted: at most {_MOST_CLASSES}")
+    if len(stored) > MAX_CLASSES:
+        raise ValueError(f"{path.name}: {len(stored)} labels; accepted: at most {MAX_CLASSES}")
     if not boxes:
         arrays.pop("boxes", None)
     if "boxes" in arrays and arrays["boxes"].shape[:1] != (len(stored),):

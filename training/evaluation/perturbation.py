@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training.evaluation.metrics import CLICK_ROUNDS
+
 _EDGES = {
     0: ("z_min", "z_max"),
     1: ("z_mid_y_min", "z_mid_y_max"),
@@ -37,7 +39,7 @@ class PromptVariant:
     box_jitter: float = 0.0
     click_shift: int = 0
     with_boxes: bool = True
-    click_rounds: int = 5
+    click_rounds: int = CLICK_ROUNDS
 
     def generator(self, case_name: str) -> np.random.Generator:
         """Random numbers that depend on the case alone: variants of one strength are paired."""

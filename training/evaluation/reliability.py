@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.case import MAX_CLASSES
 from inference.model.weights import find_weights
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.recording import RecordedCase, load_record, record_folder, restrict
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--cache", type=Path, required=True, metavar="DIR", help="where records are kept")
     add("--out", type=Path, required=True, metavar="DIR", help="where the table goes")
     add("--weights", default="default", metavar="FILE", help="bundle, or its name")
-    add("--objects", type=int, default=255, metavar="N", help="most classes of a case")
+    add("--objects", type=int, default=MAX_CLASSES, metavar="N", help="most classes of a case")
     options = parser.parse_args(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
