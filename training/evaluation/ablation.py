@@ -123,7 +123,6 @@ def score_case(task: Task) -> list[Row]:
     record = load_record(task.record)
     case = restrict(load_labelled_case(task.cases / record.name), record.labels)
     D, H, W = case.reference.voxels.shape
-    x, y, z = case.stored_spacing
     rows = []
     for level in task.levels:
         for turn in task.rounds:
@@ -134,7 +133,7 @@ def score_case(task: Task) -> list[Row]:
                 degrade(result, (D, H, W), level, f"{record.name} {turn} {result.label}")
                 for _, result in record.rounds[turn]
             ]
-            given = Case(record.name, case.arrays["imgs"], (z, y, x), prompts)
+            given = Case(record.name, case.arrays["imgs"], case.spacing_mm, prompts)
             known: dict[bytes, Scores] = {}  # many variants leave many masks as they are
             for name, steps in VARIANTS.items():
                 if steps is None:

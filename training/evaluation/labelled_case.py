@@ -38,9 +38,10 @@ class LabelledCase:
     structures: tuple[str, ...]
 
     @property
-    def has_boxes(self) -> bool:
-        """Whether the box round is held."""
-        return "boxes" in self.arrays
+    def spacing_mm(self) -> Spacing:
+        """The spacing along the arrays' axes, (z, y, x)."""
+        x, y, z = self.stored_spacing
+        return z, y, x
 
 
 def load_labelled_case(
