@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.evaluation.intervals import mean_intervals
+from training.evaluation.intervals import mean_intervals, mean_of_known
 from training.evaluation.summary import MEAN_OF_MODALITIES, modality_in_tables
 
 #: Name of the variant all others are compared with, and of the fitted rules.
@@ -98,9 +98,7 @@ def _by_round(
 
 def _with_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """One column more: the mean of the others, as far as they are known."""
-    known = ~np.isnan(values)
-    mean = np.where(known, values, 0).sum(1) / known.sum(1)
-    return np.column_stack((values, mean))
+    return np.column_stack((values, mean_of_known(values, 1)))
 
 
 def _round_name(turn: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.policy import modality_of
-from training.evaluation.intervals import mean_intervals
+from training.evaluation.intervals import mean_intervals, mean_of_known
 from training.evaluation.metrics import area_under_curve
 from training.evaluation.protocol import ROUNDS, CaseResult
 
@@ -150,11 +150,11 @@ def modality_rows(
     rows = []
     for modality in sorted(set(table.modality)):
         of_it = values[np.array(table.modality) == modality]
-        rows.append((modality, len(of_it), _mean_rows(of_it)))
+        rows.append((modality, len(of_it), mean_of_known(of_it, 0)))
     if len(rows) > 1:
         means = np.array([mean for _, _, mean in rows])
-        rows.append((MEAN_OF_MODALITIES, len(results), _mean_rows(means)))
-        rows.append((MEAN_OF_CASES, len(results), _mean_rows(values)))
+        rows.append((MEAN_OF_MODALITIES, len(results), mean_of_known(means, 0)))
+        rows.append((MEAN_OF_CASES, len(results), mean_of_known(values, 0)))
     return rows
 
 
@@ -168,14 +168,6 @@ def format_table(results: Sequence[CaseResult]) -> str:
             lines.append(f"{name:<20}{count:>6}{cells}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def _mean_rows(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(rows, columns) -> (columns,) mean of what is not NaN; NaN where nothing is."""
-    known = ~np.isnan(values)
-    count = known.sum(0)
-    total = np.where(known, values, 0).sum(0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def stress_rows(runs: Mapping[str, Sequence[CaseResult]]) -> list[dict[str, Any]]:
