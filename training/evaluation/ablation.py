@@ -28,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.case import MAX_CLASSES, Case
-from inference.finishing import Finisher
+from inference.finishing import Finisher, paper_masks
 from inference.geometry import Triple
 from inference.model.weights import find_weights, sha256_of
-from inference.postprocessing import OBJECT_STEPS, clean_object, resolve_overlaps
+from inference.postprocessing import OBJECT_STEPS, resolve_overlaps
 from inference.refinement import ObjectLogits, merge
 from training.evaluation.ablation_table import (
     AUTO,
@@ -90,13 +90,8 @@ def apply_paper_steps(
     Without :data:`PRIORITY` the object of the highest logit gets a voxel; voxels that a step added
     have a logit barely above 0.
     """
-    results = list(results)
     logits = {result.label: result for result in results}
-    cleaned: list[tuple[int, tuple[slice, slice, slice], NDArray[np.bool_]]] = []
-    for result in results:
-        found = clean_object(result.logits > 0, result.start, shape, steps)
-        if found is not None:
-            cleaned.append((result.label, *found))
+    cleaned = paper_masks(logits.values(), shape, steps)
     if PRIORITY in steps:
         return resolve_overlaps(cleaned, np.zeros(shape, np.uint8))
     return merge((_with_mask(logits[label], *found) for label, *found in cleaned), shape)
