@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.object_prompts import BOX_KEYS
 from training.evaluation.metrics import CLICK_ROUNDS
 
-_EDGES = {
-    0: ("z_min", "z_max"),
-    1: ("z_mid_y_min", "z_mid_y_max"),
-    2: ("z_mid_x_min", "z_mid_x_max"),
-}
+_EDGES = tuple(zip(BOX_KEYS[::2], BOX_KEYS[1::2], strict=True))  # z, y, x
 
 
 class BoxesError(ValueError):
@@ -62,7 +59,7 @@ class PromptVariant:
             try:
                 drawn[index] = self._jittered(box, shape, random)
             except (LookupError, TypeError, ValueError, ArithmeticError):
-                keys = ", ".join(("z_mid", *(key for edge in _EDGES.values() for key in edge)))
+                keys = ", ".join(("z_mid", *BOX_KEYS))
                 raise BoxesError(
                     f"box {index + 1}: received {str(box)[:100]}; accepted: integers {keys}"
                 ) from None
@@ -72,7 +69,7 @@ class PromptVariant:
         self, box: Any, shape: Sequence[int], random: np.random.Generator
     ) -> dict[str, Any]:
         moved = dict(box)
-        for axis, (low, high) in _EDGES.items():
+        for axis, (low, high) in enumerate(_EDGES):
             faces = np.array([box[low], box[high]], int)
             reach = self.box_jitter * (faces[1] - faces[0] + 1)
             ends = np.rint(faces + reach * random.uniform(-1, 1, 2))
