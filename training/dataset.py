@@ -16,6 +16,7 @@ from training.augmentation import Chance, change_intensities
 from training.click_simulation import challenge_box, next_clicks
 from training.config import Config
 from training.plan import Plan, Planner, Point
+from training.scores import PAINTED, SYNTHETIC
 from training.surroundings import Surroundings
 from training.synthesis import paint, random_shape, supervoxel
 from training.volumes import LabelledVolume, VolumeStore
@@ -187,11 +188,8 @@ class WindowDataset:
         self, plan: Plan, image: Tensor, target: Tensor, inside: Tensor, chance: Chance
     ) -> Sample:
         """Add the first prompts, and what a close look lies in."""
-        source = self.store.volumes[plan.volume].source
-        if plan.kind in ("supervoxel", "shape"):
-            source = f"Synthetic_{plan.kind}"
-        elif plan.kind == "painted":
-            source = "Painted"
+        real = self.store.volumes[plan.volume].source
+        source = PAINTED if plan.kind == "painted" else SYNTHETIC.get(plan.kind, real)
         elsewhere = tuple(_outside(target, places) for places in plan.elsewhere)
         around = None if plan.around is None else self._surroundings(plan, plan.around)
         sample = Sample(
