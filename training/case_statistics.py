@@ -140,8 +140,7 @@ def _describe(
     if len(arrays) < 3:
         raise ValueError(f"{path} holds {list(arrays)}; accepted: npz with imgs, gts and spacing")
     image = arrays["imgs"]
-    kept, (z, y, x) = checked(path.stem, arrays)
-    labels = kept.astype(np.int32)
+    labels, (z, y, x) = checked(path.stem, arrays)
     objects = []
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         if place is None:
@@ -159,7 +158,7 @@ def _describe(
 
 def statistics(
     image: NDArray[np.generic],
-    labels: NDArray[np.int32],
+    labels: NDArray[np.integer],
     label: int,
     place: tuple[slice, ...],
     spacing_mm: tuple[float, float, float],
