@@ -24,6 +24,7 @@ from training.windows import cut_windows
 
 _SMALLEST_TARGET = 8  # cells
 _ATTEMPTS = 100
+_FAR = 7919  # windows further on; a prime, which is no multiple of an epoch
 
 
 @dataclass
@@ -116,7 +117,7 @@ class WindowDataset:
             plans = []
             for i in waiting:
                 # In an epoch an object that is too small to show gives way to another one.
-                number = numbers[i] if attempt < 4 else numbers[i] + 7919 * attempt
+                number = numbers[i] if attempt < 4 else numbers[i] + _FAR * attempt
                 rng = np.random.default_rng((self._config.seed, 1, numbers[i], attempt))
                 plans.append(self._planner.plan(number, rng, edge, boxed, dice))
             for i, sample in zip(waiting, self._make(plans), strict=True):
