@@ -37,7 +37,7 @@ _CLICKS_FOR_HALF = 2.0
 _MOST_VOXELS = 2**28  # of all logits together, 1 GiB: more are not held at once
 
 
-def told_apart(results: Iterable[ObjectLogits], case: Case) -> Iterator[ObjectLogits]:
+def with_intensity_evidence(results: Iterable[ObjectLogits], case: Case) -> Iterator[ObjectLogits]:
     """The objects' logits with what intensities say added.
 
     Args:
@@ -91,14 +91,14 @@ def _weighed(
         yield ObjectLogits(one.label, one.start, one.logits + evidence)
 
 
-def intensities_say(
+def intensity_log_odds(
     image: NDArray[np.generic],
     labels: NDArray[np.uint8],
     positive: Sequence[Sequence[float]],
     clicks: int,
     boxed: bool,
 ) -> NDArray[np.float32]:
-    """What :func:`told_apart` adds to the logits of one object of a window.
+    """What :func:`with_intensity_evidence` adds to the logits of one object of a window.
 
     Args:
         image: (D, H, W) intensities of any scale.
@@ -119,8 +119,8 @@ def intensities_say(
 
 def _evidence(ratios: NDArray[np.float32], bins: NDArray[np.uint8]) -> NDArray[np.float32]:
     """An object's (bins,) log-ratios at the (D, H, W) bins of voxels, smoothed."""
-    said = torch.from_numpy(ratios[bins])
-    evidence: NDArray[np.float32] = smooth(said[None], _SIGMA)[0].numpy()
+    of_voxels = torch.from_numpy(ratios[bins])
+    evidence: NDArray[np.float32] = smooth(of_voxels[None], _SIGMA)[0].numpy()
     return evidence
 
 
@@ -203,8 +203,8 @@ def _log_ratios(
     for label, about in clicked.items():
         if len(about):
             share = _CLICKED if density[label].any() else 1.0
-            said = _smoothed(about.mean(0), _WIDE_KERNEL)
-            density[label] = (1 - share) * density[label] + share * said / said.sum()
+            clicks = _smoothed(about.mean(0), _WIDE_KERNEL)
+            density[label] = (1 - share) * density[label] + share * clicks / clicks.sum()
     density += _FLOOR
     ratios: NDArray[np.float32] = np.log(density / density[0]).astype(np.float32)
     return ratios.clip(-_CLIP, _CLIP)

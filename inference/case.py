@@ -39,6 +39,10 @@ MAX_CLASSES = 255
 MAX_VOXELS = 1 << 30
 """Largest image read, 1024^3: its label maps alone take 1 GiB each."""
 
+MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")
+"""That the challenge's files are named after."""
+
+_ALIASES = {"MRI": "MR", "Ultrasound": "US", "Micro": "Microscopy"}  # other spellings
 _MAX_INTENSITY = 1e12  # beyond it squares and their sums overflow float32
 _SPACING_RANGE_MM = (1e-6, 1e6)  # a nanometre to a kilometre
 
@@ -70,6 +74,15 @@ class Case:
     objects: tuple[ObjectPrompts, ...]
     previous: NDArray[np.uint8] | None = None
     notes: tuple[str, ...] = ()
+
+
+def modality_of(name: str) -> str:
+    """The one of :data:`MODALITIES` that a challenge file is named after.
+
+    Of other names whatever stands before the first underscore.
+    """
+    prefix = name.split("_", 1)[0]
+    return _ALIASES.get(prefix, prefix)
 
 
 def load_case(path: Path | str) -> Case:

@@ -73,17 +73,16 @@ class Pool:
     """Workers on a Ray cluster that is connected already.
 
     Args:
-        kind: :class:`Worker` or a subclass.
         options: as parsed, with those of the cluster.
     """
 
-    def __init__(self, kind: type[Worker], options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         """Ask the cluster for the workers; they start one by one."""
         import ray
 
         self._ray = ray
         self._options = options
-        self._remote = ray.remote(kind).options(
+        self._remote = ray.remote(Worker).options(
             num_cpus=options.cpus_per_worker,
             num_gpus=options.gpus_per_worker,
             scheduling_strategy="SPREAD",
@@ -227,7 +226,7 @@ def make_cluster_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None, kind: type[Worker] = Worker) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Segment a folder as the command line says; returns the exit status of ``predict.sh``."""
     parser = make_cluster_parser()
     options = parser.parse_args(arguments)
@@ -252,7 +251,7 @@ def main(arguments: Sequence[str] | None = None, kind: type[Worker] = Worker) ->
         pool = None
         if paths:
             _connect(options)
-            pool = Pool(kind, options)
+            pool = Pool(options)
             pool.run(paths)
     except StartError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,11 +9,15 @@ from inference.case import ObjectPrompts
 from inference.geometry import Triple, Window
 from inference.model.sam_med3d import SamMed3D
 from inference.precision import autocast
+from inference.refinement import BOX_SCALE
 from inference.resampling import resample
 
-_SPACING_MM = 1.5  # of the windows that public checkpoints were trained on
-_MARGIN = 1.2  # an object larger than such a window gets a coarser one, this much larger than it
-_MASK_LOGIT = 6.0  # hard previous masks stand in for the logits of training
+#: Of the windows that public checkpoints were trained on.
+PUBLIC_SPACING_MM = 1.5
+#: An object larger than such a window gets a coarser one, this much larger than it.
+PUBLIC_MARGIN = 1.2
+#: Hard previous masks stand in for the logits of training.
+MASK_LOGIT = 6.0
 
 
 class CoarseStage:
@@ -42,7 +46,7 @@ class CoarseStage:
         if self._boxes:
             return Window(region.start, region.stop, self.shape)
         longest = max(n * s for n, s in zip(region.size, spacing_mm, strict=True))
-        edge = max(_SPACING_MM * self.shape[0], longest * _MARGIN / 1.8)
+        edge = max(PUBLIC_SPACING_MM * self.shape[0], longest * PUBLIC_MARGIN / BOX_SCALE)
         start, stop = [], []
         for a, b, s in zip(region.start, region.stop, spacing_mm, strict=True):
             n = max(1, round(edge / s))
@@ -83,7 +87,7 @@ class CoarseStage:
         masks = None
         if previous is not None:
             small = resample(previous, self._low)
-            masks = (_MASK_LOGIT * (2 * small - 1))[None]
+            masks = (MASK_LOGIT * (2 * small - 1))[None]
         with torch.inference_mode(), autocast(image.device):
             embedding = self._model.encode_image(_normalise(image)[None])
             coarse, _ = self._model.decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,24 @@ CT_WINDOWS = {"soft": (400, 40), "lung": (1500, -160), "brain": (80, 40), "bone"
 
 PERCENTILES = (0.5, 99.5)
 """What other modalities are clipped to (the challenge's too)."""
+
+
+def parse_window(text: str) -> tuple[float, float]:
+    """Width and level of a CT window from its name or ``W,L``.
+
+    Raises:
+        ValueError: it is neither, or no range: the width must be positive, both numbers finite.
+    """
+    if text in CT_WINDOWS:
+        return CT_WINDOWS[text]
+    try:
+        width, level = map(float, text.split(","))
+        if not (math.isfinite(width) and math.isfinite(level) and width > 0):
+            raise ValueError
+    except ValueError:
+        accepted = f"{', '.join(CT_WINDOWS)} or W,L with W above 0"
+        raise ValueError(f"received the window {text!r}; accepted: {accepted}") from None
+    return width, level
 
 
 def to_uint8(volume: NDArray[Any], window: tuple[float, float] | None = None) -> NDArray[np.uint8]:

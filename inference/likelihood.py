@@ -32,20 +32,19 @@ NEIGHBOURS = ((0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1)
 def likelihood_log_odds(
     image: Tensor,
     prior: Tensor,
-    mask: Tensor | None = None,
-    clicks: Sequence[Sequence[Click]] = (),
-    doubt: Tensor | None = None,
+    mask: Tensor,
+    clicks: Sequence[Sequence[Click]],
+    doubt: Tensor,
 ) -> Tensor:
     """Posterior log-odds of the object in each window.
 
     Args:
         image: (B, D, H, W) intensities, nominally within [-3, 3] (z-normalised).
         prior: (B, D, H, W) prior log-odds from box and clicks.
-        mask: (B, D, H, W) soft mask in [0, 1] to estimate the first histograms from; without it
-            they come from the prior.
+        mask: (B, D, H, W) soft mask in [0, 1] to estimate the first histograms from.
         clicks: of each window, ((z, y, x) in cells, positive): their cells and the six around each
             go into the histograms, the more of them the more. Those outside are left out.
-        doubt: (B,) in 0..1, how much clicks count beside the mask; 1 by default.
+        doubt: (B,) in 0..1, how much clicks count beside the mask.
 
     Returns:
         (B, D, H, W) log-odds: the prior plus the smoothed log-likelihood ratio, clipped to +-3.
@@ -56,18 +55,15 @@ def likelihood_log_odds(
     few_bins = bins[:, ::2, ::2, ::2].reshape(B, -1).long()
     few_bins += _BINS * torch.arange(B, device=image.device)[:, None]
     few_prior = prior[:, ::2, ::2, ::2].reshape(B, -1)
-    few_mask = (
-        few_prior.sigmoid() if mask is None else mask[:, ::2, ::2, ::2].reshape(B, -1).float()
-    )
+    few_mask = mask[:, ::2, ::2, ::2].reshape(B, -1).float()
     total = _histogram(few_bins, torch.ones_like(few_mask))
-    said, count = _clicked(bins, clicks)
-    if doubt is not None:
-        count = count * doubt[:, None, None]
+    click_density, count = _clicked(bins, clicks)
+    count *= doubt[:, None, None]
     share = count / (count + count.new_tensor(_CLICKS_WORTH)[:, None])
     ratio = torch.zeros_like(total)
     for _ in range(_ITERATIONS):
         inside = _histogram(few_bins, few_mask)
-        ratio = _log_ratio(inside, total - inside, said, share)
+        ratio = _log_ratio(inside, total - inside, click_density, share)
         few_mask = (few_prior + ratio.reshape(-1)[few_bins]).sigmoid()
     llr = torch.stack(
         [one.index_select(0, at.flatten()) for one, at in zip(ratio, bins, strict=True)]
@@ -85,7 +81,7 @@ def _histogram(bins: Tensor, weights: Tensor) -> Tensor:
 def _clicked(bins: Tensor, clicks: Sequence[Sequence[Click]]) -> tuple[Tensor, Tensor]:
     """Densities (B, 2, 64) about positive and negative clicks, and their numbers (B, 2, 1)."""
     B = bins.shape[0]
-    said, count = torch.zeros((B, 2, _BINS)), torch.zeros((B, 2, 1))
+    click_density, count = torch.zeros((B, 2, _BINS)), torch.zeros((B, 2, 1))
     last = torch.tensor(bins.shape[1:]) - 1
     for i, some in enumerate(clicks):
         for side, wanted in enumerate((True, False)):
@@ -96,29 +92,29 @@ def _clicked(bins: Tensor, clicks: Sequence[Sequence[Click]]) -> tuple[Tensor, T
                 continue
             near = (cells[:, None] + torch.tensor(NEIGHBOURS)).reshape(-1, 3)
             z, y, x = torch.minimum(near.clamp_min(0), last).to(bins.device).unbind(1)
-            said[i, side] = torch.bincount(bins[i, z, y, x].cpu(), minlength=_BINS)
+            click_density[i, side] = torch.bincount(bins[i, z, y, x].cpu(), minlength=_BINS)
             count[i, side] = len(cells)
     radius = round(3 * CLICK_BINS)
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / CLICK_BINS) ** 2)
-    padded = F.pad(said.reshape(-1, 1, _BINS), (radius, radius), mode="replicate")
-    said = F.conv1d(padded, kernel[None, None]).reshape(B, 2, _BINS)
-    said /= said.sum(-1, keepdim=True).clamp_min(1e-6)
-    return said.to(bins.device), count.to(bins.device)
+    padded = F.pad(click_density.reshape(-1, 1, _BINS), (radius, radius), mode="replicate")
+    click_density = F.conv1d(padded, kernel[None, None]).reshape(B, 2, _BINS)
+    click_density /= click_density.sum(-1, keepdim=True).clamp_min(1e-6)
+    return click_density.to(bins.device), count.to(bins.device)
 
 
-def _log_ratio(inside: Tensor, outside: Tensor, said: Tensor, share: Tensor) -> Tensor:
+def _log_ratio(inside: Tensor, outside: Tensor, click_density: Tensor, share: Tensor) -> Tensor:
     """Clipped log-likelihood ratios (B, 64) of smoothed densities.
 
     Args:
         inside, outside: (B, 64) histograms.
-        said, share: densities of clicks (:func:`_clicked`) and how much of the histograms they
+        click_density, share: of clicks (:func:`_clicked`) and how much of the histograms they
             replace.
     """
     kernel = inside.new_tensor([[[1.0, 4.0, 6.0, 4.0, 1.0]]]) / 16
     both = torch.stack((inside, outside.clamp_min(0)), 1).reshape(-1, 1, _BINS)
     both = F.conv1d(F.pad(both, (2, 2), mode="replicate"), kernel).reshape(-1, 2, _BINS)
     density = both / both.sum(-1, keepdim=True).clamp_min(1e-6)
-    density = torch.lerp(density, said, share) + 1e-4
+    density = torch.lerp(density, click_density, share) + 1e-4
     return (density[:, 0] / density[:, 1]).log().clamp(-_CLIP, _CLIP)
 
 

@@ -13,7 +13,6 @@ label maps turn back exactly.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.case import MAX_CLASSES
-from inference.intensities import CT_WINDOWS, PERCENTILES, to_uint8
+from inference.case import MAX_CLASSES, modality_of
+from inference.intensities import CT_WINDOWS, PERCENTILES, parse_window, to_uint8
 from inference.nifti_files import check_output, read_volume, write_volume
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
@@ -101,8 +100,8 @@ def to_case(
         for label, side, index in clicks:
             if not 1 <= label <= count or side not in ("fg", "bg"):
                 raise ValueError(
-                    f"received a click {side!r} on class {label}; "
-                    f"accepted: fg or bg, classes 1 to {count}"
+                    f"received a click {side!r} on class {label}; accepted: fg or bg, classes 1 "
+                    f"to {count}; where one class has a box, every class needs one"
                 )
             positions[label - 1][side].append(list(_turned_index(image, turned, index)))
             orders[label - 1].append(side)
@@ -177,7 +176,8 @@ def _turned_index(
 ) -> tuple[int, int, int]:
     """The voxel (z, y, x) of the turned image for voxel (x, y, z) of the image."""
     if not all(0 <= i < n for i, n in zip(index, image.GetSize(), strict=True)):
-        raise ValueError(f"received voxel {index}; accepted: voxels of size {image.GetSize()}")
+        size = image.GetSize()
+        raise ValueError(f"received voxel {index} (x, y, z, from 0); the image has {size} voxels")
     x, y, z = turned.TransformPhysicalPointToIndex(image.TransformIndexToPhysicalPoint(index))
     return int(z), int(y), int(x)
 
@@ -227,11 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--window",
         type=_window,
         metavar="|".join(CT_WINDOWS) + "|W,L",
-        help="CT window; without one intensities are clipped to percentiles "
-        f"{PERCENTILES[0]} and {PERCENTILES[1]}",
+        help="CT only, and needed there: window by name, or width and level in HU; without it "
+        f"intensities are clipped to percentiles {PERCENTILES[0]} and {PERCENTILES[1]}",
     )
     prompts = forth.add_mutually_exclusive_group()
-    prompts.add_argument("--labels", type=Path, help="label map: a box a class, and gts")
+    prompts.add_argument(
+        "--labels", type=Path, help="label map: stored as gts, with a box made of each label"
+    )
     prompts.add_argument(
         "--box",
         type=int,
@@ -239,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar=("X0", "X1", "Y0", "Y1", "Z0", "Z1"),
-        help="the next class's box: first and last voxels of IMAGE, from 0",
+        help="box of the next class: first and last voxel along each axis of IMAGE, counted from "
+        "0; all of the object from feet to head, otherwise its extent in the middle axial slice",
     )
     forth.add_argument(
         "--click",
@@ -247,40 +250,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar=("CLASS", "fg|bg", "X", "Y", "Z"),
-        help="a click on a voxel of IMAGE, from 0; oldest first",
+        help="a click inside (fg) or outside (bg) of a class: voxel of IMAGE, counted from 0; "
+        "oldest first",
     )
     forth.add_argument(
         "--previous",
         type=Path,
         metavar="SEGS",
-        help="npz file with segs, the result of the round before: what the newest clicks refine",
+        help="npz file with segs: the result of the round before, which the new clicks correct",
     )
     back = commands.add_parser("to-nifti", help="give a result the geometry of its image")
     back.add_argument("segs", type=Path, help="npz file with segs")
     back.add_argument("image", type=Path, help="the image the case was made from")
     back.add_argument("out", type=Path, help="file to write; its ending names the format")
     for command in (forth, back):
-        command.add_argument("--series", help="UID, where a folder holds several DICOM series")
+        command.add_argument("--series", help="UID of the series, if a folder holds several")
     options = parser.parse_args(arguments)
     try:
         (_to_npz if options.command == "to-npz" else _to_nifti)(options)
     except (ValueError, OSError, RuntimeError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
 
 def _window(text: str) -> tuple[float, float]:
-    if text in CT_WINDOWS:
-        return CT_WINDOWS[text]
     try:
-        width, level = map(float, text.split(","))
-        if not math.isfinite(width) or not math.isfinite(level):
-            raise ValueError
-    except ValueError:
-        names = ", ".join(CT_WINDOWS)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither {names} nor W,L") from None
-    return width, level
+        return parse_window(text)
+    except ValueError as error:  # of whose text argparse would say nothing
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _click(words: Sequence[str]) -> tuple[int, str, tuple[int, int, int]]:
@@ -301,8 +299,11 @@ def _to_npz(options: argparse.Namespace) -> None:
     clicks = [_click(words) for words in options.click]
     previous = _read_segs(options.previous) if options.previous else None
     case = to_case(image, options.window, labels, options.box, clicks, previous)
+    if modality_of(options.case.name) == "CT" and options.window is None:
+        said = "the networks know CT in one of the windows that --help names"
+        print(f"{options.case}: a CT without --window: {said}", file=sys.stderr)
     if not {"boxes", "clicks"} & set(case):
-        print(f"{options.case}: nothing to segment in it yet (--labels, --box)", file=sys.stderr)
+        print(f"{options.case}: nothing to segment in it yet (--box, --click)", file=sys.stderr)
     options.case.parent.mkdir(parents=True, exist_ok=True)
     with replacing(options.case) as file:
         np.savez_compressed(file, allow_pickle=True, **case)
@@ -318,7 +319,8 @@ def _to_npz(options: argparse.Namespace) -> None:
 def _read_segs(path: Path) -> NDArray[np.uint8]:
     with NpzFile(path) as arrays:
         if "segs" not in arrays:
-            raise ValueError(f"{path}: received keys {list(arrays)}; accepted: segs")
+            hint = " (a case, not a result?)" if "imgs" in arrays else ""
+            raise ValueError(f"{path}: received keys {list(arrays)}; accepted: segs{hint}")
         label_map = arrays["segs"]
     labels: NDArray[Any] = label_map
     if labels.dtype != np.uint8 and labels.dtype.kind in "biuf":

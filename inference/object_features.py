@@ -105,12 +105,10 @@ def _shells(mask: Mask) -> tuple[Mask, Mask]:
 def _grown(mask: Mask) -> Mask:
     """The mask and its face neighbours."""
     grown = mask.copy()
-    grown[1:] |= mask[:-1]
-    grown[:-1] |= mask[1:]
-    grown[:, 1:] |= mask[:, :-1]
-    grown[:, :-1] |= mask[:, 1:]
-    grown[:, :, 1:] |= mask[:, :, :-1]
-    grown[:, :, :-1] |= mask[:, :, 1:]
+    for axis in range(3):
+        low, high = pairs(3, axis)
+        grown[high] |= mask[low]
+        grown[low] |= mask[high]
     return grown
 
 

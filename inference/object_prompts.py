@@ -113,7 +113,12 @@ def read_box(entry: object, shape: tuple[int, ...], say: Callable[[str], None]) 
     return Box((z[0], y[0], x[0]), (z[1], y[1], x[1]), slice_)
 
 
-def stored_box(mask: NDArray[np.bool_], padding: tuple[int, int] = (0, 0)) -> dict[str, int]:
+def stored_box(
+    mask: NDArray[np.bool_],
+    padding: tuple[int, int] = (0, 0),
+    start: tuple[int, int, int] = (0, 0, 0),
+    shape: tuple[int, ...] | None = None,
+) -> dict[str, int]:
     """The dict of closed intervals that the challenge stores for an object.
 
     The organisers' rule (get_boxes.py of JunMa11/CVPR-MedSegFMCompetition): z exact; ``z_mid`` the
@@ -121,8 +126,10 @@ def stored_box(mask: NDArray[np.bool_], padding: tuple[int, int] = (0, 0)) -> di
     draw one ``shift`` in 0..5 an object and pad by ``int(shift * size / 256)``.
 
     Args:
-        mask: (D, H, W), not empty.
-        padding: voxels added on both sides in y and in x, cut off at the border.
+        mask: (d, h, w), not empty: the object in the volume or in a part of it.
+        padding: voxels added on both sides in y and in x, cut off at the volume's border.
+        start: the part's first voxel in the volume.
+        shape: of the volume (D, H, W), where the mask is of a part.
 
     Raises:
         ValueError: if the mask is empty.
@@ -132,15 +139,15 @@ def stored_box(mask: NDArray[np.bool_], padding: tuple[int, int] = (0, 0)) -> di
         raise ValueError("received an empty mask; accepted: a mask with at least one voxel")
     middle = int(z[len(z) // 2])
     y, x = (np.flatnonzero(mask[middle].any(axis=axis)) for axis in (1, 0))
-    _, height, width = mask.shape
+    _, height, width = mask.shape if shape is None else shape
     return {
-        "z_min": int(z[0]),
-        "z_max": int(z[-1]),
-        "z_mid": middle,
-        "z_mid_y_min": max(int(y[0]) - padding[0], 0),
-        "z_mid_y_max": min(int(y[-1]) + padding[0], height - 1),
-        "z_mid_x_min": max(int(x[0]) - padding[1], 0),
-        "z_mid_x_max": min(int(x[-1]) + padding[1], width - 1),
+        "z_min": start[0] + int(z[0]),
+        "z_max": start[0] + int(z[-1]),
+        "z_mid": start[0] + middle,
+        "z_mid_y_min": max(start[1] + int(y[0]) - padding[0], 0),
+        "z_mid_y_max": min(start[1] + int(y[-1]) + padding[0], height - 1),
+        "z_mid_x_min": max(start[2] + int(x[0]) - padding[1], 0),
+        "z_mid_x_max": min(start[2] + int(x[-1]) + padding[1], width - 1),
     }
 
 

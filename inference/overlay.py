@@ -6,11 +6,13 @@ import colorsys
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from inference.neighbours import pairs
+from inference.output import label_voxels
 from inference.whole_file import replacing
 
 PANEL_PIXELS = 384
@@ -53,8 +55,8 @@ def draw_overlay(
     for grey, (axis, (down, across)) in zip(greys, cuts, strict=True):
         size = (sizes[down], sizes[across])
         grey = np.clip((grey - low) / max(high - low, 1e-12), 0.0, 1.0)
-        panel = np.repeat(_resize_linear(grey, size)[..., None] * 255.0, 3, axis=2)
-        labels = _resize_nearest(np.take(label_map, centre[axis], axis=axis), size)
+        panel = np.repeat(_resized(grey, size, order=1)[..., None] * 255.0, 3, axis=2)
+        labels = _resized(np.take(label_map, centre[axis], axis=axis), size, order=0)
         outline = _outline(labels)
         panel[outline] = _colours()[labels[outline]]
         # Slice 0 is at the feet in most scans, and a viewer shows the head on top.
@@ -87,41 +89,28 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 def _best_slices(label_map: NDArray[np.uint8]) -> tuple[int, int, int]:
     """Per axis the slice that holds most of the largest object; the middle where there is none."""
-    voxels = np.zeros(256, np.int64)
-    for plane in label_map:
-        voxels += np.bincount(plane.reshape(-1), minlength=256)
+    voxels = label_voxels(label_map)
     voxels[0] = 0
     if not voxels.any():
         return (label_map.shape[0] // 2, label_map.shape[1] // 2, label_map.shape[2] // 2)
-    mask = label_map == voxels.argmax()
-    z = int(mask.sum(axis=(1, 2)).argmax())
-    y = int(mask.sum(axis=(0, 2)).argmax())
-    x = int(mask.sum(axis=(0, 1)).argmax())
-    return (z, y, x)
+    return fullest_slices(label_map == voxels.argmax())
 
 
-def _positions(voxels: int, pixels: int) -> NDArray[np.float64]:
-    """Where the pixels' centres lie, in voxels, when both grids cover the same length."""
-    return (np.arange(pixels) + 0.5) * voxels / pixels - 0.5
+def fullest_slices(mask: NDArray[np.bool_]) -> tuple[int, int, int]:
+    """Along each axis of a (D, H, W) mask the slice that holds most of it."""
+    z, y, x = (int(mask.sum(axis=other).argmax()) for other in ((1, 2), (0, 2), (0, 1)))
+    return z, y, x
 
 
-def _resize_nearest(plane: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    rows, columns = (
-        np.clip(np.rint(_positions(n, m)).astype(int), 0, n - 1)
-        for n, m in zip(plane.shape, size, strict=True)
+def _resized(plane: NDArray[Any], size: tuple[int, int], order: int) -> NDArray[Any]:
+    """A plane in another number of pixels over the same length: of order 0 nearest, 1 linear."""
+    from scipy import ndimage  # a fifth of a second that only pictures are worth
+
+    factors = [wanted / voxels for wanted, voxels in zip(size, plane.shape, strict=True)]
+    resized: NDArray[Any] = ndimage.zoom(
+        plane, factors, order=order, mode="nearest", grid_mode=True
     )
-    return plane[np.ix_(rows, columns)]
-
-
-def _resize_linear(plane: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
-    for axis, pixels in enumerate(size):
-        voxels = plane.shape[axis]
-        at = np.clip(_positions(voxels, pixels), 0, voxels - 1)
-        below = np.minimum(at.astype(int), max(voxels - 2, 0))
-        weight = (at - below).astype(np.float32).reshape((-1, 1) if axis == 0 else (1, -1))
-        above = np.minimum(below + 1, voxels - 1)
-        plane = plane.take(below, axis) * (1 - weight) + plane.take(above, axis) * weight
-    return plane
+    return resized
 
 
 def _outline(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:

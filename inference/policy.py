@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from inference.adaptive_steps import STEPS, Region, apply_step
-from inference.case import Case
+from inference.case import Case, modality_of
 from inference.object_features import FEATURES, ObjectFeatures, measure
 from inference.refinement import ObjectLogits
 
@@ -25,7 +25,6 @@ ANY = "any"
 
 _FORMAT = 1
 _LARGEST_AMOUNT = 2.0  # of shares of an object; smoothing by more would take minutes
-_MODALITIES = {"MRI": "MR", "Ultrasound": "US", "Micro": "Microscopy"}
 _CONDITION = re.compile(r"\s*(\w+)\s*(<|>=)\s*([-+.\deE]+)\s*")
 
 
@@ -93,15 +92,6 @@ class Policy:
             for step, amount in self.steps(modality, features):
                 logits = apply_step(step, logits, region, amount)
             yield ObjectLogits(result.label, result.start, logits)
-
-
-def modality_of(name: str) -> str:
-    """The modality a challenge file is named after: CT, MR, PET, US or Microscopy.
-
-    Of other names whatever stands before the first underscore.
-    """
-    prefix = name.split("_", 1)[0]
-    return _MODALITIES.get(prefix, prefix)
 
 
 def load_policy(path: Path | None = None) -> Policy:

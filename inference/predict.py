@@ -46,60 +46,69 @@ def make_parser() -> argparse.ArgumentParser:
         "1 some case failed, 2 nothing could start.",
     )
     parser.add_argument(
-        "--inputs", type=Path, default=Path("/workspace/inputs"), help="default: %(default)s"
+        "--inputs",
+        type=Path,
+        default=Path("/workspace/inputs"),
+        help="folder with the .npz cases (default: %(default)s)",
     )
     parser.add_argument(
-        "--outputs", type=Path, default=Path("/workspace/outputs"), help="default: %(default)s"
+        "--outputs",
+        type=Path,
+        default=Path("/workspace/outputs"),
+        help="folder for the results, made if need be (default: %(default)s)",
     )
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help="our bundle: the refiner, and SAM-Med3D where it has one; a file, or the name of one "
-        "in weights/ (default: default)",
+        help="weights of this project (refiner, optionally with a SAM-Med3D): a file, or a name in "
+        "weights/ (default: default)",
     )
     parser.add_argument(
         "--sam",
         metavar="FILE",
-        help="a SAM-Med3D checkpoint as the coarse stage; a file, or the name of one in weights/",
+        help="a SAM-Med3D checkpoint to run before the refiner: a file, or a name in weights/",
     )
     parser.add_argument(
         "--refiner",
         choices=("on", "off"),
         default="on",
-        help="off: SAM-Med3D alone (default: %(default)s)",
+        help="off: SAM-Med3D alone, which --sam names (default: %(default)s)",
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU where one can compute, else the CPU (default: %(default)s)",
     )
     parser.add_argument(
         "--postprocess",
         choices=("off", "paper", "auto"),
         default="auto",
-        help="paper: the five steps of the paper, which know nothing of clicks; auto: steps that "
-        "suit the object, by a table of rules (default: %(default)s)",
+        help="off: none; paper: the five steps of the paper, which may undo clicks; auto: steps "
+        "that a table of rules selects for each object (default: %(default)s)",
     )
     parser.add_argument(
         "--label-priority",
         action="store_true",
-        help="where two classes claim a voxel the lower one gets it, as in the paper (default: "
-        "the more probable one)",
+        help="where two classes overlap, give the voxel to the lower one, as in the paper "
+        "(default: to the more probable one)",
     )
     parser.add_argument(
         "--save-probabilities",
         action="store_true",
-        help="beside segs also save each class's probability and how sure its outline is",
+        help="also store each class's probability and the uncertainty of its outline in the result",
     )
     parser.add_argument(
         "--shard",
         type=_shard,
         metavar="I/N",
         default=(1, 1),
-        help="only every N-th case, from the I-th on (1 to N): one of N jobs on the same folders",
+        help="segment only the I-th of N shares of the cases, for N jobs on the same folders",
     )
     parser.add_argument(
         "--skip-existing",
         action="store_true",
-        help="leave out cases whose result is there already, to go on where a run ended",
+        help="skip cases that have a result already, whatever has changed since",
     )
     parser.add_argument(
         "--threads", type=_threads, metavar="N", help="CPU threads (default: as many as cores)"
@@ -274,11 +283,9 @@ def _segment_file(
 
 
 def _report(case: Case, label_map: NDArray[np.uint8], seconds: float, device: str) -> str:
-    import numpy as np
+    from inference.output import label_voxels
 
-    voxels = np.zeros(256, np.int64)
-    for plane in label_map:  # plane by plane: bincount widens its input to 8 bytes a voxel
-        voxels += np.bincount(plane.reshape(-1), minlength=256)
+    voxels = label_voxels(label_map)
     labels = [prompts.label for prompts in case.objects]
     counts = " ".join(f"{label}:{voxels[label]}" for label in labels)
     shape = "x".join(str(size) for size in label_map.shape)

@@ -36,8 +36,7 @@ class Probabilities:
             yield result
 
     def _note(self, result: ObjectLogits) -> None:
-        stop = (a + n for a, n in zip(result.start, result.logits.shape, strict=True))
-        self._regions[result.label] = (result.label, *result.start, *stop)
+        self._regions[result.label] = (result.label, *result.start, *result.stop)
         of_255 = np.rint(255 * probability(result.logits)).astype(np.uint8)
         self._arrays[f"probability_{result.label}"] = of_255
         moves = outline_uncertainty_mm(result.logits, self._spacing_mm)

@@ -268,10 +268,10 @@ def _click_maps(
             torch.exp(-0.5 * ((a - p) / _CLICK_SIGMA) ** 2)
             for a, p in zip(axes, position, strict=True)
         )
-        bump = (gz * gy) * gx
+        blob = (gz * gy) * gx
         weight = max(_CLICK_FLOOR, _CLICK_DECAY**age)
-        torch.maximum(maps[positive], weight * bump, out=maps[positive])
-        evidence.add_(bump, alpha=_CLICK_LOG_ODDS if positive else -_CLICK_LOG_ODDS)
+        torch.maximum(maps[positive], weight * blob, out=maps[positive])
+        evidence.add_(blob, alpha=_CLICK_LOG_ODDS if positive else -_CLICK_LOG_ODDS)
     return maps[True], maps[False], evidence
 
 

@@ -27,6 +27,7 @@ BOX_ALONE = 0.3
 _BARELY = 0.01  # log-odds of a voxel that is just one of the object's
 _LAST = 1.0  # log-odds of a mask that nothing is said about any more
 _CLICK_MARGIN = 3  # voxels between a click and the region's border
+_TOUCHING = 6  # cells of a face that a prediction must hold to touch it
 #: Largest size of a network's logit once there are clicks: theirs go beyond, newer ones further.
 SURE = 100.0
 
@@ -180,9 +181,9 @@ def grown_window(window: Window, touched: Sequence[tuple[bool, bool]], volume: T
 
 
 def touched_faces(
-    mask: NDArray[np.bool_], window: Window, volume: Triple, least: int = 6
+    mask: NDArray[np.bool_], window: Window, volume: Triple
 ) -> tuple[tuple[bool, bool], ...]:
-    """Per axis, whether at least ``least`` cells of a mask lie on the lower / upper face.
+    """Per axis, whether at least six cells of a mask lie on the lower / upper face.
 
     Faces at or beyond the border of the volume do not count: there is nothing more to see.
     """
@@ -191,8 +192,8 @@ def touched_faces(
         first, last = mask.take(0, axis), mask.take(-1, axis)
         faces.append(
             (
-                bool(first.sum() >= least and window.start[axis] > 0),
-                bool(last.sum() >= least and window.stop[axis] < volume[axis]),
+                bool(first.sum() >= _TOUCHING and window.start[axis] > 0),
+                bool(last.sum() >= _TOUCHING and window.stop[axis] < volume[axis]),
             )
         )
     return tuple(faces)

@@ -12,7 +12,7 @@ from inference.case import ObjectPrompts
 from inference.geometry import Triple, Window, window_around
 from inference.prompts import cells_a_face
 from inference.refinement import bounding_box, click_voxels, hull
-from inference.sliding_window import Tile, tile_grid
+from inference.sliding_window import OVERLAP, Tile, tile_grid
 
 #: Voxels: in longer cells a second pass is worth its time, of thin objects and of thick ones (all
 #: constants here are chosen on training cases, those about the region on bent ones).
@@ -123,7 +123,7 @@ def _edges_of_tiles(wanted: Sequence[int], tiles: int, edge: int, multiple: int)
     An axis of up to 1.25 tiles is squeezed into one, since a second tile would cost twice for
     little.
     """
-    step = edge * 3 // 4 // multiple * multiple
+    step = int(edge * (1 - OVERLAP)) // multiple * multiple
     if not step:  # tiles of one multiple cannot overlap
         return [edge] * 3
     counts = [min(1 + max(0, -(-(n - edge * 5 // 4) // step)), tiles) for n in wanted]

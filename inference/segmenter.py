@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from inference.appearance import told_apart
+from inference.appearance import with_intensity_evidence
 from inference.case import Box, Case, ObjectPrompts
 from inference.coarse import CoarseStage
 from inference.consensus import FLOOR, consensus
@@ -48,7 +48,8 @@ Finish = Callable[[Iterable[ObjectLogits], Case], NDArray[np.uint8]]
 #: How much more a closer look counts than the one it was chosen from (fitted on training cases).
 _CLOSER_COUNTS = 2.0
 _EDGE = 64  # cells of a region of interest where no refiner says otherwise
-#: From this click on a mask without a box is large and small as its object is (likewise).
+#: Clicks from which on the last mask of an object without a box is about as large as the object,
+#: so that a box about it may stand for the user's (fitted on training cases).
 _SIZE_KNOWN = 4
 _TILES = 4  # of one object's second pass at most
 _TILES_PER_CASE = 100  # of all objects together, the challenge's time limit in view
@@ -121,7 +122,7 @@ class Segmenter:
             self.used_device = torch.device("cpu")
 
     def _finished(self, case: Case, finish: Finish | None) -> NDArray[np.uint8]:
-        results = told_apart(self.segment(case.objects, case.previous), case)
+        results = with_intensity_evidence(self.segment(case.objects, case.previous), case)
         return merge(results, self._volume) if finish is None else finish(results, case)
 
     def _move(self, device: torch.device) -> None:
@@ -181,7 +182,7 @@ class Segmenter:
                 self._look(refiner, [k for k in looks if self._asks(k.prompts) is refiner])
             for o in some:
                 if o.label in parts:
-                    yield self._finish(parts[o.label], tiles)
+                    yield self._combine(parts[o.label], tiles)
                 elif previous is not None:
                     yield last_mask(previous, o.label, known[o.label])
 
@@ -291,7 +292,7 @@ class Segmenter:
         cells[window.inside(self._volume)] = 1
         return cells
 
-    def _finish(self, looks: Sequence[Look], tiles: int) -> ObjectLogits:
+    def _combine(self, looks: Sequence[Look], tiles: int) -> ObjectLogits:
         """One object out of its looks."""
         if len(looks) == 1:
             result = self._voxels(looks[0], tiles)

@@ -13,24 +13,25 @@ Size = tuple[int, int, int]
 Tile = tuple[slice, slice, slice]
 
 
-def tile_grid(shape: Size, tile: Size, overlap: float = 0.25) -> list[Tile]:
-    """Tiles of equal size that cover a grid.
+OVERLAP = 0.25
+"""Least share of a tile that it has in common with its neighbour."""
+
+
+def tile_grid(shape: Size, tile: Size) -> list[Tile]:
+    """Tiles of equal size that cover a grid, overlapping by :data:`OVERLAP` or more.
 
     Args:
         shape: cells of the grid.
         tile: cells of a tile; no axis may exceed the grid's.
-        overlap: least share of a tile that it shares with its neighbour, 0 <= overlap < 1.
 
     Raises:
-        ValueError: for a tile larger than the grid or an overlap out of range.
+        ValueError: for a tile larger than the grid.
     """
     if any(t > n or t < 1 for t, n in zip(tile, shape, strict=True)):
         raise ValueError(f"tile {tile} on a grid of {shape}; accepted: 1 <= tile <= grid")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap {overlap}; accepted: 0 <= overlap < 1")
     starts = []
     for n, t in zip(shape, tile, strict=True):
-        step = max(1, int(t * (1 - overlap)))
+        step = max(1, int(t * (1 - OVERLAP)))
         count = -(-(n - t) // step) + 1
         starts.append([round(i * (n - t) / max(1, count - 1)) for i in range(count)])
     return [

@@ -70,9 +70,10 @@ def challenge_case(
         labels[cell][inside] = label
         image[cell][inside] += np.uint8((high - low) % 256)  # may wrap down to a darker object
 
-        offset = np.array([part.start for part in cell])
+        z, y, x = (part.start for part in cell)
+        offset = np.array([z, y, x])
         if boxes:
-            stored.append(_box_in_cell(labels, label, cell, padding))
+            stored.append(stored_box(inside, padding, (z, y, x), shape))
         middle = np.round(centre).astype(int)
         found: dict[str, list[list[np.int64]]] = {"fg": [], "bg": []}
         names = ["fg" if i % 2 == 0 else "bg" for i in range(clicks)]
@@ -118,18 +119,6 @@ def write_npz(path: Path, case: Mapping[str, Any]) -> Path:
     """Write a case the way the organisers do; returns the path."""
     np.savez_compressed(path, allow_pickle=True, **case)
     return path
-
-
-def _box_in_cell(
-    labels: NDArray[np.uint8], label: int, cell: tuple[slice, ...], padding: tuple[int, int]
-) -> dict[str, int]:
-    """``stored_box`` of a label that lies in a cell, without a pass over the whole volume."""
-    margins = (0, *padding)
-    starts = [max(part.start - m, 0) for part, m in zip(cell, margins, strict=True)]
-    crop = tuple(slice(a, b.stop + m) for a, b, m in zip(starts, cell, margins, strict=True))
-    box = stored_box(labels[crop] == label, padding)
-    offsets = dict(zip("zyx", starts, strict=True))
-    return {key: v + offsets[key.removeprefix("z_mid_")[0]] for key, v in box.items()}
 
 
 def _cells(shape: tuple[int, int, int], count: int) -> list[tuple[slice, slice, slice]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inference import appearance
-from inference.appearance import intensities_say, told_apart
+from inference.appearance import intensity_log_odds, with_intensity_evidence
 from inference.case import Box, Case, Click, ObjectPrompts
 from inference.refinement import SURE, ObjectLogits, honour_clicks, merge
 
@@ -49,17 +49,18 @@ def test_objects_in_one_box_come_apart_whatever_the_unit_of_intensities(scale: f
     unsure = [ObjectLogits(one.label, one.start, one.logits / 2) for one in _guesses()]
     before = _dice(merge(unsure, SHAPE), truth)
     case = _case((image * scale).astype(np.float32))
-    after = _dice(merge(told_apart(unsure, case), SHAPE), truth)
+    after = _dice(merge(with_intensity_evidence(unsure, case), SHAPE), truth)
     assert after[0] > before[0] + 0.01 and after[1] > before[1] + 0.05, (before, after)
 
 
 def test_objects_that_look_like_their_surroundings_stay_as_they_are() -> None:
     image = np.random.default_rng(3).normal(100, 12, SHAPE)
     before, after = (
-        merge(some, SHAPE) for some in (_guesses(), told_apart(_guesses(), _case(image)))
+        merge(some, SHAPE)
+        for some in (_guesses(), with_intensity_evidence(_guesses(), _case(image)))
     )
     assert (before == after).mean() > 0.97
-    flat = told_apart(_guesses(), _case(np.full(SHAPE, 7, np.int16)))
+    flat = with_intensity_evidence(_guesses(), _case(np.full(SHAPE, 7, np.int16)))
     for one, other in zip(flat, _guesses(), strict=True):
         np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
 
@@ -71,7 +72,7 @@ def test_intensities_count_as_far_as_they_depend_on_the_object() -> None:
 
     def change(background: float, shell: float, core: float) -> float:
         image = np.array([background, shell, core])[truth] + noise
-        told = told_apart(_guesses(), _case(image))
+        told = with_intensity_evidence(_guesses(), _case(image))
         return max(
             float(np.abs(a.logits - b.logits).max()) for a, b in zip(told, _guesses(), strict=True)
         )
@@ -89,7 +90,7 @@ def test_clicks_keep_their_logits_and_boxes_of_voxels_their_places() -> None:
         ObjectLogits(2, (5, 6, 7), second.logits[5:19, 6:20, 7:21]),
         ObjectLogits(3, (0, 0, 0), np.zeros((0, 0, 0), np.float32)),
     ]
-    result = list(told_apart(objects, _case(image, clicks)))
+    result = list(with_intensity_evidence(objects, _case(image, clicks)))
     assert [(one.label, one.start, one.stop) for one in result] == [
         (one.label, one.start, one.stop) for one in objects
     ]
@@ -104,7 +105,7 @@ def test_a_single_object_and_too_many_voxels_pass_as_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     image, _ = _nested()
-    (alone,) = told_apart(_guesses()[:1], _case(image))
+    (alone,) = with_intensity_evidence(_guesses()[:1], _case(image))
     np.testing.assert_array_equal(alone.logits, _guesses()[0].logits)
     monkeypatch.setattr(appearance, "_MOST_VOXELS", 2 * image.size - 1)
     taken = []
@@ -114,7 +115,7 @@ def test_a_single_object_and_too_many_voxels_pass_as_they_are(
             taken.append(one.label)
             yield one
 
-    passed = told_apart(stream(), _case(image))
+    passed = with_intensity_evidence(stream(), _case(image))
     for other, one in zip(_guesses(), passed, strict=False):
         assert taken == [1, 2]  # no more is held than has to be
         np.testing.assert_array_equal(one.logits, other.logits)
@@ -128,7 +129,7 @@ def test_without_a_box_intensities_count_the_more_the_more_clicks_there_are() ->
     def change(clicks: int, boxed: tuple[int, ...]) -> list[float]:
         """Mean change of each object's logits where no click is near."""
         case = _case(image, tuple(Click(p, True) for p in places[:clicks]), boxed)
-        told = told_apart(_guesses(), case)
+        told = with_intensity_evidence(_guesses(), case)
         changes = [np.abs(a.logits - b.logits) for a, b in zip(told, _guesses(), strict=True)]
         return [float(one[:, :4].mean()) for one in changes]
 
@@ -143,13 +144,13 @@ def test_without_a_box_intensities_count_the_more_the_more_clicks_there_are() ->
 def test_training_hears_of_one_object_what_inference_adds_to_it(boxed: bool) -> None:
     image, _ = _nested()
     clicks = (Click((12, 13, 14), True), Click((12, 13, 21), False))
-    told = told_apart(_guesses(), _case(image, clicks, (1, 2) if boxed else ()))
+    told = with_intensity_evidence(_guesses(), _case(image, clicks, (1, 2) if boxed else ()))
     found = merge(_guesses(), SHAPE)
     for after, before in zip(told, _guesses(), strict=True):
         labels = np.where(found == before.label, 1, 2 * (found > 0)).astype(np.uint8)
-        said = intensities_say(image, labels, [clicks[0].position], len(clicks), boxed)
-        assert np.abs(said).max() > 0.2
-        np.testing.assert_array_equal(after.logits, before.logits + said)
+        evidence = intensity_log_odds(image, labels, [clicks[0].position], len(clicks), boxed)
+        assert np.abs(evidence).max() > 0.2
+        np.testing.assert_array_equal(after.logits, before.logits + evidence)
 
 
 def test_clicks_say_what_an_object_looks_like_where_its_mask_is_wrong() -> None:
@@ -162,7 +163,7 @@ def test_clicks_say_what_an_object_looks_like_where_its_mask_is_wrong() -> None:
     def core(clicks: tuple[Click, ...]) -> float:
         objects = (ObjectPrompts(1, BOX), ObjectPrompts(2, BOX, clicks))
         case = Case("nested.npz", image, (1.0, 1.0, 1.0), objects)
-        told = merge(told_apart([first, wrong], case), SHAPE)
+        told = merge(with_intensity_evidence([first, wrong], case), SHAPE)
         return _dice(told, truth)[1]
 
     places = ((12, 13, 14), (11, 12, 13), (13, 14, 15), (12, 15, 14))
@@ -177,7 +178,7 @@ def test_clicks_count_as_much_as_the_mask_however_many_there_are() -> None:
     bright = (4, 13, 14)
     assert truth[bright] == 1
     labels = np.where(truth == 2, 1, 2 * (truth == 1)).astype(np.uint8)
-    none, one, five = (intensities_say(image, labels, [bright] * n, 5, True) for n in (0, 1, 5))
+    none, one, five = (intensity_log_odds(image, labels, [bright] * n, 5, True) for n in (0, 1, 5))
     shell, core = truth == 1, truth == 2
     assert none[shell].mean() < 0 < one[shell].mean(), "the click is heard"
     assert one[core].mean() > 0.9 * none[core].mean(), "and so is the mask"
@@ -191,7 +192,9 @@ def test_a_click_outside_of_what_the_objects_cover_says_nothing() -> None:
 
     def told(*clicks: Click) -> list[ObjectLogits]:
         objects = (ObjectPrompts(1, BOX), ObjectPrompts(2, BOX, clicks))
-        return list(told_apart(covered, Case("nested.npz", image, (1.0, 1.0, 1.0), objects)))
+        return list(
+            with_intensity_evidence(covered, Case("nested.npz", image, (1.0, 1.0, 1.0), objects))
+        )
 
     for both, one in zip(told(outside, inside), told(inside), strict=True):
         np.testing.assert_array_equal(both.logits, one.logits)

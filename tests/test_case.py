@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inference.case import Box, Case, Click, ObjectPrompts, load_case, parse_case
+from inference.case import Box, Case, Click, ObjectPrompts, load_case, modality_of, parse_case
 from tests.npz_bytes import archive, npy
 from tests.phantoms import challenge_case, objects, small_case, write_npz
 
@@ -20,6 +20,11 @@ BOX |= {"z_mid_x_min": 5, "z_mid_x_max": 8}
 def small(image: np.ndarray[Any, Any], **changes: Any) -> dict[str, Any]:
     """A case of one box that fits any image."""
     return {"imgs": image, "spacing": np.ones(3), "boxes": objects(dict.fromkeys(BOX, 1))} | changes
+
+
+def test_modalities_are_named_by_files() -> None:
+    names = ("MRI_x.npz", "Ultrasound_a_b.npz", "Micro_1.npz", "PET_x.npz", "scan.npz")
+    assert [modality_of(name) for name in names] == ["MR", "US", "Microscopy", "PET", "scan.npz"]
 
 
 # --- what is read ---------------------------------------------------------------------------------

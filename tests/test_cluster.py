@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
     arguments += ["--skip-existing", "--attempts", "2"]
     code = (  # patient, however busy the machine is
         "import sys, faulty, inference.cluster as c; c._PATIENCE_S = 600; "
-        f"sys.exit(c.main({arguments}, faulty.Faulty))"
+        f"c.Worker = faulty.Faulty; sys.exit(c.main({arguments}))"
     )
     path = os.pathsep.join([str(CHECKOUT), str(folder), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -171,14 +171,14 @@ def test_a_machine_that_can_never_have_a_worker_says_so(tmp_path: Path, monkeypa
 
 def test_a_cluster_without_room_is_waited_for_with_one_line(tmp_path: Path, capsys) -> None:
     """No worker gets ready in three spans of patience; then the cluster goes away."""
-    from inference.cluster import Pool, Worker, make_cluster_parser
+    from inference.cluster import Pool, make_cluster_parser
 
     cluster = mock.MagicMock()
     cluster.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 0.5}}]
     cluster.wait.side_effect = [([], []), ([], []), ([], []), ConnectionError]
     options = make_cluster_parser().parse_args(options_of(tmp_path))
     with mock.patch.dict(sys.modules, ray=cluster):
-        pool = Pool(Worker, options)
+        pool = Pool(options)
     with pytest.raises(ConnectionError):
         pool.run([tmp_path / "CT_a.npz"])
     said = "waiting for a worker to start: a worker asks for 1 CPU, nodes have 0.5 CPU and 0 GPU\n"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inference.intensities import CT_WINDOWS, to_uint8
+from inference.intensities import CT_WINDOWS, parse_window, to_uint8
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,23 @@ from inference.intensities import CT_WINDOWS, to_uint8
 def test_ct_windows(name: str, low: int, high: int) -> None:
     values = np.array([[[-2000, low, low + (high - low) // 5, high, 3000]]], np.int16)
     assert to_uint8(values, CT_WINDOWS[name]).ravel().tolist() == [0, 0, 51, 255, 255]
+
+
+@pytest.mark.parametrize("text, window", [("lung", (1500, -160)), (" 350, -4.5e1", (350, -45))])
+def test_a_window_as_text(text: str, window: tuple[float, float]) -> None:
+    assert parse_window(text) == window
+
+
+@pytest.mark.parametrize("text", ["liver", "", "400", "400,40,3", "a,b", "0,40", "-400,40"])
+def test_a_window_of_no_meaning(text: str) -> None:
+    with pytest.raises(ValueError, match=f"^received the window '{text}'; accepted: soft, lung"):
+        parse_window(text)
+
+
+@pytest.mark.parametrize("text", ["inf,40", "nan,40", "400,-inf", "400,nan"])
+def test_a_window_without_end(text: str) -> None:
+    with pytest.raises(ValueError, match=r"W,L with W above 0$"):
+        parse_window(text)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32, np.float64])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
-from inference.likelihood import likelihood_log_odds, smooth
+from inference.likelihood import Click, likelihood_log_odds, smooth
 
 
 def _scene(contrast: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,6 +22,12 @@ def _scene(contrast: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return image[None], truth, (4 * (1 - radius / 9)).clamp(-4, 4)[None]
 
 
+def _odds(image: torch.Tensor, prior: torch.Tensor, clicks: Sequence[Click] = ()) -> torch.Tensor:
+    """The log-odds where nothing but the prior tells of a mask."""
+    n = len(image)
+    return likelihood_log_odds(image, prior, prior.sigmoid(), [clicks] * n, torch.ones(n))
+
+
 @pytest.mark.parametrize("contrast", [2.0, -2.0])
 def test_the_object_is_found_bright_or_dark(contrast: float) -> None:
     image, truth, prior = _scene(contrast)
@@ -28,21 +36,21 @@ def test_the_object_is_found_bright_or_dark(contrast: float) -> None:
         return float(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
 
     assert dice(prior[0] > 0) < 0.85
-    assert dice(likelihood_log_odds(image, prior)[0] > 0) > 0.9
+    assert dice(_odds(image, prior)[0] > 0) > 0.9
 
 
 def test_without_contrast_the_prior_stays() -> None:
     _, _, prior = _scene(0.0)
     flat = torch.zeros_like(prior)
-    torch.testing.assert_close(likelihood_log_odds(flat, prior) > 0, prior > 0)
+    torch.testing.assert_close(_odds(flat, prior) > 0, prior > 0)
 
 
 def test_windows_of_a_batch_do_not_see_each_other() -> None:
     one, _, prior = _scene(2.0)
     other, _, _ = _scene(-2.0)
-    both = likelihood_log_odds(torch.cat((one, other)), torch.cat((prior, prior)))
-    torch.testing.assert_close(both[0], likelihood_log_odds(one, prior)[0])
-    torch.testing.assert_close(both[1], likelihood_log_odds(other, prior)[0])
+    both = _odds(torch.cat((one, other)), torch.cat((prior, prior)))
+    torch.testing.assert_close(both[0], _odds(one, prior)[0])
+    torch.testing.assert_close(both[1], _odds(other, prior)[0])
 
 
 def test_clicks_mend_the_histograms_of_a_wrong_mask() -> None:
@@ -63,12 +71,10 @@ def test_clicks_mend_the_histograms_of_a_wrong_mask() -> None:
 
 def test_clicks_outside_the_window_are_left_out() -> None:
     image, _, prior = _scene(2.0)
-    clicks = [(((-1.0, 5.0, 5.0), True), ((5.0, 5.0, 32.0), False))]
-    assert torch.equal(
-        likelihood_log_odds(image, prior, None, clicks), likelihood_log_odds(image, prior)
-    )
-    at_the_border = [(((0.0, 31.0, 0.0), True),)]
-    assert likelihood_log_odds(image, prior, None, at_the_border).isfinite().all()
+    clicks = [((-1.0, 5.0, 5.0), True), ((5.0, 5.0, 32.0), False)]
+    assert torch.equal(_odds(image, prior, clicks), _odds(image, prior))
+    at_the_border = [((0.0, 31.0, 0.0), True)]
+    assert _odds(image, prior, at_the_border).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(9, 11, 13), (1, 8, 30)])

@@ -156,7 +156,19 @@ def test_windows_that_are_no_numbers_are_refused(
     path = write(tmp_path / "a.nii.gz", NOISE)
     with pytest.raises(SystemExit):
         main(["to-npz", str(path), str(tmp_path / "CT_a.npz"), f"--window={window}"])
-    assert "nor W,L" in capsys.readouterr().err
+    assert "or W,L with W above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [("CT_a", [], True), ("CT_a", ["--window", "soft"], False), ("MR_a", [], False)],
+)
+def test_a_ct_without_a_window_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str], told: bool
+) -> None:
+    path = write(tmp_path / "a.nii.gz", NOISE)
+    assert main(["to-npz", str(path), str(tmp_path / f"{name}.npz"), *words]) == 0
+    assert ("a CT without --window" in capsys.readouterr().err) == told
 
 
 def test_a_case_without_prompts_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

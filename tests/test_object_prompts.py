@@ -253,6 +253,10 @@ def test_stored_box_is_the_organisers(density: float, seed: int) -> None:
     mask[rng.integers(9), rng.integers(13), rng.integers(11)] = True
     padding = (int(rng.integers(6)), int(rng.integers(6)))
     assert stored_box(mask, padding) == literal_box(mask, padding)
+    whole = np.zeros((12, 17, 14), bool)
+    whole[2:11, 1:14, 3:14] = mask
+    box = stored_box(mask, padding, (2, 1, 3), whole.shape)
+    assert box == literal_box(whole, padding)
 
 
 def test_a_stored_box_is_read_back() -> None:

@@ -15,7 +15,6 @@ from inference.policy import (
     Policy,
     Rule,
     load_policy,
-    modality_of,
 )
 from inference.refinement import ObjectLogits
 from tests.test_adaptive_steps import ball
@@ -86,11 +85,6 @@ def test_the_first_rule_that_applies_counts_and_steps_keep_their_order():
     )
     assert policy.steps("PET", PLAIN) == [("islands", 0.4), ("smooth", 0.1)]
     assert policy.steps("CT", PLAIN) == [("islands", 0.4), ("smooth", 0.3)]
-
-
-def test_modalities_are_named_by_files():
-    names = ("MRI_x.npz", "Ultrasound_a_b.npz", "Micro_1.npz", "PET_x.npz", "scan.npz")
-    assert [modality_of(name) for name in names] == ["MR", "US", "Microscopy", "PET", "scan.npz"]
 
 
 def test_each_object_is_cleaned_by_its_own_prompts():

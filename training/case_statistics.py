@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from inference.case import modality_of
 from inference.coarse import CoarseStage
 from inference.geometry import window_around
 from inference.model.sam_med3d import SamMed3D, load_sam_med3d
 from inference.npz import NpzFile
-from inference.policy import modality_of
 from inference.precision import choose_device
+from inference.refinement import BOX_SCALE
 from inference.resampling import window_cells
 from training.augmentation import masked_z_scores
 from training.manifest import case_files, read_structures
@@ -44,7 +45,6 @@ FEATURES = (
 
 _MARGIN = 0.2  # of its bounding box on each side: what counts as around an object
 _BINS = 16
-_REGION = 1.8  # boxes: the region of interest whose window is embedded
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def embed(
         (prompt_width,) float64.
     """
     starts, stops = [part.start for part in place], [part.stop for part in place]
-    region = window_around(starts, stops, stage.shape, spacing_mm, _REGION)
+    region = window_around(starts, stops, stage.shape, spacing_mm, BOX_SCALE)
     window = stage.window(region, spacing_mm)
     device = next(model.parameters()).device
     cells = window_cells(image, window, device)

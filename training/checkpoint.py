@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from inference.model.refiner import Refiner
 from inference.model.sam_med3d import SamMed3D, build_sam_med3d
+from inference.model.weights import NOT_PICKLED, first_line
 from training.config import Config
 
 #: Under which name a checkpoint has the network's configuration.
@@ -42,7 +42,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         temporary.replace(path)
     except RuntimeError as error:  # torch's own, after that of a full disk
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"{path} cannot be written: {_first_line(reason)}") from None
+        raise OSError(f"{path} cannot be written: {first_line(reason)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,8 +61,8 @@ def read_saved(path: Path, device: torch.device | str = "cpu", mmap: bool = Fals
     """
     try:
         return torch.load(path, weights_only=True, map_location=device, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: not a checkpoint: {_first_line(error)}") from None
+    except NOT_PICKLED as error:
+        raise ValueError(f"{path}: not a checkpoint: {first_line(error)}") from None
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -75,8 +75,3 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if not isinstance(state, dict) or not {"model", "average", "step"} <= set(state):
         raise ValueError(f"{path}: no checkpoint of a run; accepted: checkpoint.pt of training")
     return state
-
-
-def _first_line(error: Exception) -> str:
-    """What torch says, without its stack."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -39,9 +39,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from inference.adaptive_steps import STEPS, Region, apply_step
+from inference.case import modality_of
 from inference.model.weights import find_weights, sha256_of
 from inference.object_features import FEATURES, ObjectFeatures, measure
-from inference.policy import ANY, POLICY_FILE, Condition, Rule, modality_of
+from inference.policy import ANY, POLICY_FILE, Condition, Rule
 from inference.whole_file import replacing
 from training.evaluation.degradation import degrade
 from training.evaluation.intervals import mean_intervals

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference.appearance import intensities_say
+from inference.appearance import intensity_log_odds
 from inference.look import BLURRING_CELL
 from inference.model.refiner import CHANNELS
 from inference.prompts import WindowPrompts, refiner_channels
@@ -226,7 +226,7 @@ class Pool:
         if rng.random() >= self._config.poor_mask:
             if place.sample.beside is None or rng.random() >= self._config.tell_apart:
                 return logits > 0
-            return logits + _said(place.sample, logits > 0) > 0
+            return logits + _intensity_evidence(place.sample, logits > 0) > 0
         if place.round == 0:
             return logits + _DRAWN * shape + _SWOLLEN > 0
         chance = Chance(int(rng.integers(2**62)), logits.device)
@@ -307,19 +307,19 @@ def _begun(place: _Place, around: Surroundings, first: Tensor, seen: Tensor) -> 
     return torch.where(around.shown(changed.float(), seen.shape[0]) > 0.5, mask, place.close)
 
 
-def _said(sample: Sample, mask: Tensor) -> Tensor:
+def _intensity_evidence(sample: Sample, mask: Tensor) -> Tensor:
     """Log-odds that inference adds where objects side by side tell each other apart."""
     assert sample.beside is not None
     prompts = sample.prompts
     labels = torch.where(mask, 1, sample.beside)
-    said = intensities_say(
+    evidence = intensity_log_odds(
         sample.image.cpu().numpy(),
         labels.cpu().numpy(),
         [place for place, positive in prompts.clicks if positive],
         len(prompts.clicks),
         prompts.box is not None,
     )
-    return torch.from_numpy(said).to(mask.device)
+    return torch.from_numpy(evidence).to(mask.device)
 
 
 def _channels(

@@ -34,11 +34,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from inference.intensities import CT_WINDOWS
+from inference.case import MODALITIES
+from inference.intensities import CT_WINDOWS, parse_window
 from inference.whole_file import replacing
 from training.raw_case import Conversion, RawCase, convert, list_cases, read_names
 
-MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")
 COLUMNS = (
     "case",
     "status",
@@ -144,7 +144,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.window is not None and options.modality != "CT":
         parser.error(f"--window is for CT; {options.modality} is clipped to percentiles")
-    options.window = _window(parser, options.window or "soft") if options.modality == "CT" else None
+    try:
+        text = options.window or "soft"
+        options.window = parse_window(text) if options.modality == "CT" else None
+    except ValueError as error:
+        parser.error(f"--window: {error}")
     if not options.dataset.replace("-", "").isalnum():
         parser.error(f"--dataset {options.dataset!r}; accepted: letters, digits and hyphens")
     if not 0 <= options.hold_out < 1:
@@ -154,18 +158,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.images.is_file() and options.labels is not None:
         parser.error("--labels; accepted with a table: its column labels")
     return options
-
-
-def _window(parser: argparse.ArgumentParser, text: str) -> tuple[float, float]:
-    if text in CT_WINDOWS:
-        return CT_WINDOWS[text]
-    try:
-        width, level = map(float, text.split(","))
-        if not width > 0:
-            raise ValueError
-    except ValueError:
-        parser.error(f"--window {text!r}; accepted: {', '.join(CT_WINDOWS)} or W,L with W above 0")
-    return width, level
 
 
 class Log:

@@ -326,15 +326,9 @@ def challenge_boxes(labels: NDArray[np.uint8], seed: str) -> NDArray[np.object_]
     boxes = np.empty(int(labels.max()), object)
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         assert place is not None, "labels are 1..N"
-        box = stored_box(labels[place] == label)
-        paddings = box_padding(random, height, width)
-        for key in box:
-            box[key] += place["zyx".index(key.removeprefix("z_mid_")[0])].start
-        for axis, size, padding in zip("yx", (height, width), paddings, strict=True):
-            low, high = f"z_mid_{axis}_min", f"z_mid_{axis}_max"
-            box[low] = max(box[low] - padding, 0)
-            box[high] = min(box[high] + padding, size - 1)
-        boxes[label - 1] = box
+        z, y, x = (part.start for part in place)
+        padding = box_padding(random, height, width)
+        boxes[label - 1] = stored_box(labels[place] == label, padding, (z, y, x), labels.shape)
     return boxes
 
 

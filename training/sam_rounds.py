@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inference.coarse import MASK_LOGIT
 from inference.model.sam_med3d import SamMed3D
 from inference.resampling import resample
 from training.augmentation import masked_z_scores
@@ -23,7 +24,6 @@ from training.dataset import Sample, WindowDataset
 from training.losses import dice_score, iou_loss, segmentation_loss
 from training.scores import Scores
 
-_MASK_LOGIT = 6.0  # as inference/coarse.py passes hard previous masks
 _FILLER = -1  # label of a place where an object has no click
 
 
@@ -91,7 +91,7 @@ class SamInteraction(nn.Module):
             return low.detach()
         d, h, w = low.shape[2:]
         small = resample(predicted.float(), (d, h, w))
-        return (_MASK_LOGIT * (2 * small - 1))[:, None]
+        return (MASK_LOGIT * (2 * small - 1))[:, None]
 
 
 class SamRounds:

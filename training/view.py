@@ -7,14 +7,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.coarse import PUBLIC_MARGIN, PUBLIC_SPACING_MM
 from inference.geometry import Triple, Window, window_around
 from training.box_padding import box_padding
 from training.volumes import LabelledVolume, Point, TrainingObject
 
 T = TypeVar("T", int, float)
-
-_PUBLIC_SPACING_MM = 1.5  # windows of public SAM-Med3D checkpoints; inference/coarse.py
-_PUBLIC_MARGIN = 1.2  # a larger object gets a coarser window, this much larger than it
 
 
 class View:
@@ -142,7 +140,7 @@ def public_window(view: View, edge: int) -> Window:
 
     Of an object too large for it, a coarser cube, as ``inference/coarse.py`` chooses it.
     """
-    cube = max(_PUBLIC_SPACING_MM * edge, _PUBLIC_MARGIN * max(view.size_mm))
+    cube = max(PUBLIC_SPACING_MM * edge, PUBLIC_MARGIN * max(view.size_mm))
     start, stop = [], []
     for centre, mm in zip(view.centre, view.spacing_mm, strict=True):
         n = max(1, round(cube / mm))

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from inference.case import modality_of
 from inference.geometry import Triple
 from inference.npz import NpzFile
-from inference.policy import modality_of
 from inference.refinement import hull
 from training.click_simulation import challenge_box
 from training.evaluation.label_map import as_labels

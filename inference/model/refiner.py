@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inference.model.layers import Conv3d
-from inference.model.weights import load_state, read_weights, split_prefix
+from inference.model.weights import NetworkConfig, load_state, read_weights, split_prefix
 
 _GROUPS = 8  # of the normalisations
 #: Input channels in order; prompts.py makes them.
@@ -44,7 +42,7 @@ _COARSE = CHANNELS.index("coarse_logits")
 
 
 @dataclasses.dataclass(frozen=True)
-class RefinerConfig:
+class RefinerConfig(NetworkConfig):
     """Shape of the refiner, stored in the weights file's metadata.
 
     Attributes:
@@ -84,26 +82,6 @@ class RefinerConfig:
         unknown = sorted(set(self.without) - set(CHANNELS))
         if unknown:
             raise ValueError(f"without is {unknown}; accepted: {', '.join(CHANNELS)}")
-
-    @classmethod
-    def from_json(cls, text: str) -> RefinerConfig:
-        """Read a JSON object of the fields.
-
-        Raises:
-            ValueError: not a JSON object, or an unknown field.
-        """
-        values = json.loads(text)
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, dict) or not set(values) <= set(names):
-            raise ValueError(f"refiner configuration {text[:200]}; accepted: {', '.join(names)}")
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**fields)
-
-    def to_json(self) -> str:
-        """The configuration as a JSON object, for a weights file's metadata."""
-        return json.dumps(dataclasses.asdict(self))
 
     @property
     def stride(self) -> int:

@@ -6,7 +6,6 @@ The dear step, ``encode_image``, runs once a window; the cheap one, ``decode``, 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,13 +18,13 @@ from inference.model.image_encoder import ImageEncoder
 from inference.model.mask_decoder import MaskDecoder
 from inference.model.prompt_encoder import DenseGrid, Points, PromptEncoder
 from inference.model.relative_position import Axes
-from inference.model.weights import load_state, read_weights, split_prefix
+from inference.model.weights import NetworkConfig, load_state, read_weights, split_prefix
 
 Windows = Literal["1.5mm", "box"]
 
 
 @dataclasses.dataclass(frozen=True)
-class SamMed3DConfig:
+class SamMed3DConfig(NetworkConfig):
     """What the tensors of a weights file do not say by themselves.
 
     The two ``"public"`` flags stand for the function that public checkpoints learnt: relative
@@ -94,27 +93,6 @@ class SamMed3DConfig:
         ):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {get_args(kinds)}")
-
-    @classmethod
-    def from_json(cls, text: str) -> SamMed3DConfig:
-        """Read what ``to_json`` wrote; fields left out take their defaults.
-
-        Raises:
-            ValueError: not a JSON object, an unknown field, or a value out of range.
-        """
-        values = json.loads(text)
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, dict) or not set(values) <= set(names):
-            raise ValueError(
-                f"a configuration {text[:200]}: accepted are the fields {', '.join(names)}"
-            )
-        if isinstance(values.get("global_blocks"), list):
-            values["global_blocks"] = tuple(values["global_blocks"])
-        return cls(**values)
-
-    def to_json(self) -> str:
-        """The configuration as a JSON object, for a weights file's metadata."""
-        return json.dumps(dataclasses.asdict(self))
 
 
 #: The public checkpoints' network, and the narrow encoder of the Enhanced SAM-Med3D paper.

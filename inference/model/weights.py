@@ -7,13 +7,14 @@ public checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import pickle
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,9 @@ PUBLIC = {
     "sam_med3d_turbo_cvpr_coreset": "a tenth of the CVPR 2025 challenge's data",
     "sam_med3d_turbo_cvpr_alldata": "all of the CVPR 2025 challenge's data",
 }
+
+#: What ``torch.load`` raises of files that it did not write, or that are damaged.
+NOT_PICKLED = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError)
 
 _SUMS = "SHA256SUMS"
 _SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -143,7 +147,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return tensors, dict(file.metadata() or {})
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file: {_one_line(error)}") from error
+            raise ValueError(f"{path}: not a safetensors file: {first_line(error)}") from error
     if path.suffix in (".pth", ".pt"):
         return _state_dict_of(_load_pickled(path), path)
     raise ValueError(f"{path}: accepted are files named *{', *'.join(_SUFFIXES)}")
@@ -161,7 +165,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {_one_line(error)}") from error
+        raise ValueError(f"{path}: not a safetensors file: {first_line(error)}") from error
 
 
 class _LeftOut:
@@ -192,8 +196,8 @@ def _load_pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
         with torch.serialization.safe_globals([(_LeftOut, name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: not a PyTorch weights file: {_one_line(error)}") from error
+    except NOT_PICKLED as error:
+        raise ValueError(f"{path}: not a PyTorch weights file: {first_line(error)}") from error
 
 
 def _state_dict_of(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -216,6 +220,31 @@ def _state_dict_of(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[st
 def split_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors of one network of a bundle: names that begin with ``prefix``, without it."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """A network's shape: fields of plain values and tuples, kept as JSON in a file's metadata."""
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what ``to_json`` wrote; fields left out take their defaults.
+
+        Raises:
+            ValueError: not a JSON object, an unknown field, or a value that the network refuses.
+        """
+        values = json.loads(text)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or not set(values) <= set(names):
+            raise ValueError(f"{cls.__name__} {text[:200]}; accepted: {', '.join(names)}")
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object, for a weights file's metadata."""
+        return json.dumps(dataclasses.asdict(self))
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -287,15 +316,14 @@ def save_weights(
         file.write(memoryview(data)[8 + size :])
 
 
-def _shorten(names: Iterable[str], limit: int = 5) -> str:
-    """List a few names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) + more) or "none"
+def _shorten(names: Sequence[str]) -> str:
+    """List five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return (", ".join(names[:5]) + more) or "none"
 
 
-def _one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: torch adds its stack."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -321,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = download.fetch(options.name, options.folder, options.mirror or download.MIRROR)
             print(path)
     except (OSError, ValueError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -271,6 +271,8 @@ def test_what_cannot_start_ends_with_2(
     for words, message in (
         (["--modality", "MR", "--window", "soft"], "--window is for CT"),
         (["--modality", "CT", "--window", "0,40"], "with W above 0"),
+        (["--modality", "CT", "--window=-400,40"], "with W above 0"),
+        (["--modality", "CT", "--window", "inf,40"], "received the window 'inf,40'"),
         (["--modality", "CT", "--dataset", "a_b"], "letters, digits and hyphens"),
         (["--modality", "CT", "--hold-out", "1"], "a share from 0 up to 1"),
         (["--modality", "CT", "--jobs", "0"], "at least 1"),

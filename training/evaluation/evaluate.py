@@ -58,30 +58,31 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         prog="python -m training.evaluation.evaluate", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
-    add("--cases", type=Path, required=True, metavar="DIR", help="challenge files with gts")
-    add("--references", type=Path, metavar="DIR", help="files with gts, where not in the cases")
+    add("--cases", type=Path, required=True, metavar="DIR", help="folder of npz cases with gts")
+    add("--references", type=Path, metavar="DIR", help="folder of npz with gts, if cases have none")
     add("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     add(
         "--predictor",
         default="segmenter",
-        help="comma-separated: segmenter, command, image, and the baselines box, ellipsoid, "
-        "likelihood, random-walker, geodesic; all: segmenter and baselines (default: %(default)s)",
+        help="comma-separated: segmenter, command (see --command), image (see --image), and the "
+        "baselines box, ellipsoid, likelihood, random-walker, geodesic; all: segmenter and "
+        "baselines (default: %(default)s)",
     )
     add("--name", help="name of the run (default: the predictor's)")
-    add("--weights", metavar="FILE", help="segmenter: bundle, or its name (default: what ships)")
-    add("--sam", metavar="FILE", help="segmenter: SAM-Med3D checkpoint, or its name")
-    add("--refiner", choices=("on", "off"), default="on", help="segmenter: off: SAM-Med3D alone")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="segmenter: where")
+    add("--weights", metavar="FILE", help="segmenter: weights, as for predict.sh")
+    add("--sam", metavar="FILE", help="segmenter: SAM-Med3D checkpoint, as for predict.sh")
+    add("--refiner", choices=("on", "off"), default="on", help="segmenter: as for predict.sh")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="segmenter: device")
     add(
         "--postprocess",
         choices=POSTPROCESSING,
         default=DEFAULT,
-        help="segmenter: as predict.sh has it (default: %(default)s)",
+        help="segmenter: as for predict.sh (default: %(default)s)",
     )
-    add("--command", help="command: with {inputs} and {outputs} where the folders belong")
-    add("--image", help="image: name of a container image")
+    add("--command", help="command line to evaluate, with {inputs} and {outputs} for its folders")
+    add("--image", help="name of the container image to evaluate")
     add("--no-boxes", action="store_true", help="drop the boxes of every case")
-    add("--prompts", default="exact", help=f"comma-separated: all, {', '.join(VARIANTS)}")
+    add("--prompts", default="exact", help=f"imperfect prompts: all, {', '.join(VARIANTS)}")
     add("--limit", type=int, metavar="N", help="only N cases, spread over the sorted list")
     add("--jobs", type=int, default=1, metavar="N", help="cases at a time (default: %(default)s)")
     add("--compare", type=Path, metavar="CSV", help="another run's metrics, compared case by case")
@@ -91,7 +92,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=True,
         help="write report.html (default: yes)",
     )
-    add("--force", action="store_true", help="do cases again that are already done")
+    add("--force", action="store_true", help="start over, also if settings differ from last time")
     return parser.parse_args(arguments)
 
 

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from inference.overlay import fullest_slices
 from training.evaluation.comparison import Difference
 from training.evaluation.label_map import LabelMap, union
 from training.evaluation.labelled_case import LabelledCase
@@ -192,7 +193,7 @@ def slices_through_object(
     )
     image = np.asarray(case.arrays["imgs"][crop], np.float32)
     truth, found = reference.voxels[crop] == label, segs[crop] == label
-    centre = _fullest_slices(truth)
+    centre = fullest_slices(truth)
     spacing = case.spacing_mm
     low, high = np.percentile(image, (0.5, 99.5))
     clicks = [
@@ -242,14 +243,6 @@ def slices_through_object(
 def _plain(text: str) -> str:
     """``text`` for matplotlib, which takes what lies between dollars for a formula."""
     return text.replace("$", r"\$")
-
-
-def _fullest_slices(mask: NDArray[np.bool_]) -> tuple[int, int, int]:
-    """Along each axis the slice that cuts most of the mask."""
-    z, y, x = (
-        int(np.argmax(mask.sum(axis=tuple(a for a in range(3) if a != axis)))) for axis in range(3)
-    )
-    return z, y, x
 
 
 def _diagonal(axes: Axes, across: str, up: str) -> None:

@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.case import MAX_CLASSES, Box, Case, Click, ObjectPrompts
+from inference.case import MAX_CLASSES, Box, Case, Click, ObjectPrompts, modality_of
 from inference.model.weights import find_weights, sha256_of
-from inference.policy import modality_of
 from inference.refinement import ObjectLogits, merge
 from inference.segmenter import Segmenter
 from inference.whole_file import replacing

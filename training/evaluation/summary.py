@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.policy import modality_of
+from inference.case import MODALITIES, modality_of
 from training.evaluation.intervals import mean_intervals, mean_of_known
 from training.evaluation.metrics import area_under_curve
 from training.evaluation.protocol import ROUNDS, CaseResult
@@ -17,7 +17,6 @@ from training.evaluation.protocol import ROUNDS, CaseResult
 METRICS = ("dsc", "nsd")
 COLUMNS = ("box", *(f"click {n}" for n in range(1, ROUNDS)), "AUC", "Final")
 MEAN_OF_MODALITIES, MEAN_OF_CASES = "mean of modalities", "mean of cases"
-_MODALITIES = ("CT", "MR", "PET", "US", "Microscopy")
 _DECILES = 10
 
 
@@ -41,7 +40,7 @@ class Table:
 def modality_in_tables(name: str) -> str:
     """The modality of a case, by its file name; ``other`` where that begins with none."""
     modality = modality_of(name)
-    return modality if modality in _MODALITIES else "other"
+    return modality if modality in MODALITIES else "other"
 
 
 def case_table(results: Sequence[CaseResult]) -> Table:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from inference.case import modality_of
 from inference.npz import NpzFile
 from inference.object_prompts import stored_box
-from inference.policy import modality_of
 from tests.phantoms import challenge_case, objects, write_npz
 from tests.training.evaluation import official_restatement as official
 from tests.training.evaluation.obedient import by_files, obedient
