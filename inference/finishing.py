@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -71,9 +71,9 @@ class Finisher:
             self.probabilities = Probabilities(case.spacing_mm)
             results = self.probabilities.watch(results)
         if self.postprocess == "paper":
-            from inference.postprocessing import resolve_overlaps
+            from inference.postprocessing import OBJECT_STEPS, resolve_overlaps
 
-            objects = paper_masks(results, (D, H, W))
+            objects = paper_masks(results, (D, H, W), OBJECT_STEPS)
             return resolve_overlaps(objects, np.zeros((D, H, W), np.uint8))
         if self._policy is not None:
             results = self._policy.clean(results, case)
@@ -83,13 +83,13 @@ class Finisher:
 
 
 def paper_masks(
-    results: Iterable[ObjectLogits], shape: tuple[int, int, int]
+    results: Iterable[ObjectLogits], shape: tuple[int, int, int], steps: Collection[str]
 ) -> Iterator[tuple[int, Span, NDArray[np.bool_]]]:
-    """The paper's steps 1-4 on every object's own mask: label, region and mask in it."""
+    """Some of the paper's steps 1-4 on every object's own mask: label, region and mask in it."""
     from inference.postprocessing import clean_object
 
     for result in results:
-        cleaned = clean_object(result.logits > 0, result.start, shape)
+        cleaned = clean_object(result.logits > 0, result.start, shape, steps)
         if cleaned is not None:
             yield (result.label, *cleaned)
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from inference.predict import main as predict
+from tests.conftest import CHECKOUT
 from tests.phantoms import challenge_case, write_npz
 
 pytest.importorskip("ray", reason="Ray is optional: inference/cluster-requirements.txt")
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 # Workers that die or fail where told to, once or always, and keep a diary: one line a start, one
 # line an attempt. A module of its own, since Ray sends classes of scripts by value.

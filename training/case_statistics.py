@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,39 +100,29 @@ def describe_folder(
     if not paths:
         raise ValueError(f"{folder}: no .npz file; accepted: a folder of labelled cases")
     names = read_structures(folder)
+    named = [names.get(path.name, {}) for path in paths]
     if embeddings is not None:
         model = load_sam_med3d(embeddings)
         stage = CoarseStage(model, choose_device(device))
-        described = (_describe(path, functools.partial(embed, model, stage)) for path in paths)
-        cases = list(_named(described, names))
+        embedder = functools.partial(embed, model, stage)
+        cases = [
+            _describe(path, of_case, embedder) for path, of_case in zip(paths, named, strict=True)
+        ]
     elif jobs == 1:
-        cases = list(_named(map(_describe, paths), names))
+        cases = list(map(_describe, paths, named))
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(paths)), mp_context=spawn) as pool:
-            cases = list(_named(pool.map(_describe, paths, chunksize=4), names))
+            cases = list(pool.map(_describe, paths, named, chunksize=4))
     cases = [case for case in cases if case.objects]
     if not cases:
         raise ValueError(f"{folder}: no labelled object in {len(paths)} files")
     return cases
 
 
-def _named(
-    cases: Iterator[DescribedCase], names: dict[str, dict[str, str]]
-) -> Iterator[DescribedCase]:
-    for case in cases:
-        of_case = names.get(f"{case.name}.npz", {})
-        yield DescribedCase(
-            case.name,
-            tuple(
-                DescribedObject(o.label, of_case.get(str(o.label), ""), o.voxels, o.features)
-                for o in case.objects
-            ),
-        )
-
-
 def _describe(
     path: Path,
+    names: Mapping[str, str],
     embedder: functools.partial[NDArray[np.float64]] | None = None,
 ) -> DescribedCase:
     with NpzFile(path) as file:
@@ -140,8 +130,7 @@ def _describe(
     if len(arrays) < 3:
         raise ValueError(f"{path} holds {list(arrays)}; accepted: npz with imgs, gts and spacing")
     image = arrays["imgs"]
-    kept, (z, y, x) = checked(path.stem, arrays)
-    labels = kept.astype(np.int32)
+    labels, (z, y, x) = checked(path.stem, arrays)
     objects = []
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         if place is None:
@@ -153,13 +142,13 @@ def _describe(
             features = embedder(image, labels == label, place, (z, y, x))
         else:
             features = statistics(image, labels, label, place, (z, y, x))
-        objects.append(DescribedObject(label, "", voxels, features))
+        objects.append(DescribedObject(label, names.get(str(label), ""), voxels, features))
     return DescribedCase(path.stem, tuple(objects))
 
 
 def statistics(
     image: NDArray[np.generic],
-    labels: NDArray[np.int32],
+    labels: NDArray[np.integer],
     label: int,
     place: tuple[slice, ...],
     spacing_mm: tuple[float, float, float],

@@ -44,8 +44,8 @@ def next_clicks(
     target: Tensor,
     cells: Sequence[Triple],
     chances: Sequence[float],
-    rule: str = "deep",
-    slack: float = 0.3,
+    rule: str,
+    slack: float,
 ) -> list[Click | None]:
     """The next click of each window, on the device of the masks.
 

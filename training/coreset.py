@@ -57,7 +57,7 @@ class Choice:
     reason: str
 
 
-class Pool:
+class CasePool:
     """Described cases with their objects side by side.
 
     Attributes:
@@ -103,7 +103,7 @@ class Pool:
         return found
 
 
-def choose_random(pool: Pool, count: int, seed: int) -> list[Choice]:
+def choose_random(pool: CasePool, count: int, seed: int) -> list[Choice]:
     """Systematic sampling: every (cases / count)-th of the cases in order of their strata.
 
     The start and the order within a stratum are random, so that every case is as likely to be in;
@@ -128,7 +128,7 @@ def choose_random(pool: Pool, count: int, seed: int) -> list[Choice]:
     ]
 
 
-def choose_diverse(pool: Pool, count: int, seed: int) -> list[Choice]:
+def choose_diverse(pool: CasePool, count: int, seed: int) -> list[Choice]:
     """Greedy facility location over objects, lazily evaluated (Minoux 1978).
 
     The seed matters only where there are so many objects that their coverage is estimated on some.
@@ -171,7 +171,7 @@ class Coverage:
         clients: indices of the objects that are counted; all of them where there are not too many.
     """
 
-    def __init__(self, pool: Pool, seed: int = 0) -> None:
+    def __init__(self, pool: CasePool, seed: int = 0) -> None:
         """Weigh objects and measure typical distances."""
         self._pool = pool
         rng = np.random.default_rng(seed)
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not 0 < options.share <= 1:  # also of NaN
             raise ValueError(f"--share {options.share:g}; accepted: over 0, up to 1")
         weights = find_weights(options.embeddings) if options.embeddings else None
-        pool = Pool(describe_folder(options.data, options.jobs, weights, options.device))
+        pool = CasePool(describe_folder(options.data, options.jobs, weights, options.device))
         total = len(pool.cases)
         count = options.cases
         if count is None:
@@ -316,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _digest(pool: Pool) -> str:
+def _digest(pool: CasePool) -> str:
     """Differs when other cases, or cases with other objects, were chosen from."""
     text = json.dumps([[c.name, [[o.label, o.voxels] for o in c.objects]] for c in pool.cases])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from training.coreset import Coverage, Pool, choose_random
+from training.coreset import CasePool, Coverage, choose_random
 
 _DRAWS = 100
 
@@ -23,7 +23,7 @@ ROWS = (
 )
 
 
-def measure(pool: Pool, coverage: Coverage, names: Sequence[str]) -> list[float]:
+def measure(pool: CasePool, coverage: Coverage, names: Sequence[str]) -> list[float]:
     """The figures of ``ROWS`` for chosen cases.
 
     Datasets are counted by modality, structures by modality and name. Distances are those of each
@@ -51,7 +51,9 @@ def measure(pool: Pool, coverage: Coverage, names: Sequence[str]) -> list[float]
     ]
 
 
-def coverage_table(pool: Pool, choices: Mapping[str, Sequence[str]], draws: int = _DRAWS) -> str:
+def coverage_table(
+    pool: CasePool, choices: Mapping[str, Sequence[str]], draws: int = _DRAWS
+) -> str:
     """A Markdown table: the pool, random draws, the cases with most objects, and the choices.
 
     Args:

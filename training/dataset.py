@@ -16,6 +16,7 @@ from training.augmentation import Chance, change_intensities
 from training.click_simulation import challenge_box, next_clicks
 from training.config import Config
 from training.plan import Plan, Planner, Point
+from training.scores import PAINTED, SYNTHETIC
 from training.surroundings import Surroundings
 from training.synthesis import paint, random_shape, supervoxel
 from training.volumes import LabelledVolume, VolumeStore
@@ -23,6 +24,7 @@ from training.windows import cut_windows
 
 _SMALLEST_TARGET = 8  # cells
 _ATTEMPTS = 100
+_FAR = 7919  # windows further on; a prime, which is no multiple of an epoch
 
 
 @dataclass
@@ -115,7 +117,7 @@ class WindowDataset:
             plans = []
             for i in waiting:
                 # In an epoch an object that is too small to show gives way to another one.
-                number = numbers[i] if attempt < 4 else numbers[i] + 7919 * attempt
+                number = numbers[i] if attempt < 4 else numbers[i] + _FAR * attempt
                 rng = np.random.default_rng((self._config.seed, 1, numbers[i], attempt))
                 plans.append(self._planner.plan(number, rng, edge, boxed, dice))
             for i, sample in zip(waiting, self._make(plans), strict=True):
@@ -187,24 +189,21 @@ class WindowDataset:
         self, plan: Plan, image: Tensor, target: Tensor, inside: Tensor, chance: Chance
     ) -> Sample:
         """Add the first prompts, and what a close look lies in."""
-        source = self.store.volumes[plan.volume].source
-        if plan.kind in ("supervoxel", "shape"):
-            source = f"Synthetic_{plan.kind}"
-        elif plan.kind == "painted":
-            source = "Painted"
+        real = self.store.volumes[plan.volume].source
+        source = PAINTED if plan.kind == "painted" else SYNTHETIC.get(plan.kind, real)
         elsewhere = tuple(_outside(target, places) for places in plan.elsewhere)
         around = None if plan.around is None else self._surroundings(plan, plan.around)
         sample = Sample(
-            image,
-            target,
-            inside,
-            WindowPrompts(),
-            elsewhere,
-            self._beside(plan),
-            around,
-            plan.cell,
-            plan.wide,
-            source,
+            image=image,
+            target=target,
+            inside=inside,
+            prompts=WindowPrompts(),
+            elsewhere=elsewhere,
+            beside=self._beside(plan),
+            around=around,
+            cell=plan.cell,
+            wide=plan.wide,
+            source=source,
         )
         if plan.boxed:
             low, high, middle = plan.box or challenge_box(target.cpu().numpy(), plan.padding)

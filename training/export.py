@@ -28,13 +28,11 @@ from torch import Tensor
 
 from inference.model.refiner import RefinerConfig, load_refiners
 from inference.model.sam_med3d import SamMed3DConfig, load_sam_med3d
-from inference.model.weights import save_weights, sha256_of
-from inference.whole_file import replacing
+from inference.model.weights import record_sha256, save_weights, sha256_of
 from training.initial_weights import TrainedNetwork, deaf, read_bundle, read_checkpoint
 from training.model_card import Figures, read_figures, write_figures
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
-_SUMS = "SHA256SUMS"
 _NETWORKS = ("refiner", "unboxed", "sam")  # whose configurations the metadata has
 
 
@@ -106,7 +104,7 @@ def export(
         trial.replace(out)
     finally:
         trial.unlink(missing_ok=True)
-    list_sha256(out, digest)
+    record_sha256(out, digest)
 
 
 def _hears(network: TrainedNetwork) -> bool:
@@ -118,15 +116,6 @@ def _shape(network: TrainedNetwork) -> RefinerConfig | SamMed3DConfig:
     """What two networks must share to have a mean."""
     config = network.config
     return dataclasses.replace(config, coarse=False) if _hears(network) else config  # type: ignore[call-arg]
-
-
-def list_sha256(path: Path, digest: str) -> None:
-    """List a file in the ``SHA256SUMS`` beside it, in the place of what was listed for its name."""
-    sums = path.with_name(_SUMS)
-    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
-    kept = [line for line in lines if line.startswith("#") or line[66:] != path.name]
-    with replacing(sums) as file:
-        file.write("\n".join([*kept, f"{digest}  {path.name}", ""]).encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -122,7 +122,6 @@ def load_units(records: Sequence[Path], cases: Path) -> Iterator[Unit]:
         record = load_record(path)
         case = restrict(load_labelled_case(cases / path.name), record.labels)
         image, truth = case.arrays["imgs"], case.reference.voxels
-        x, y, z = case.stored_spacing
         D, H, W = truth.shape
         for level, rounds in LEVELS.items():
             for turn in rounds:
@@ -132,7 +131,7 @@ def load_units(records: Sequence[Path], cases: Path) -> Iterator[Unit]:
                     if not (result.logits > 0).any():
                         continue
                     place = result.place
-                    region = Region.of(result, prompts, (z, y, x))
+                    region = Region.of(result, prompts, case.spacing_mm)
                     box = case.reference.boxes[prompts.label]
                     yield Unit(
                         modality_of(path.name),

@@ -21,13 +21,13 @@ from typing import Any
 
 from inference.model.weights import find_weights, read_weights, sha256_of
 from training.evaluation.results import read_csv
+from training.evaluation.summary import COLUMNS, MEAN_OF_CASES, MEAN_OF_MODALITIES
 from training.marked_text import replace_marked
 
 BEGIN = "<!-- figures: begin (written by training.model_card) -->"
 END = "<!-- figures: end -->"
 
-_TURNS = ("box", *(f"click {n}" for n in range(1, 6)), "AUC")
-_MEAN = "mean of modalities"
+_TURNS = COLUMNS[:-1]  # Final is the last click
 _NETWORKS = (
     ("refiner", "refiner"),
     ("unboxed", "refiner of objects without a box"),
@@ -169,20 +169,20 @@ def _evaluation(figures: Figures, digest: str) -> str:
             f"| {title} | cases | {' | '.join(turns)} |",
             "|---|" + "---:|" * (len(turns) + 1),
         ]
-        means = ["cases", _MEAN] if len(modalities) > 1 else []
+        means = ["cases", MEAN_OF_MODALITIES] if len(modalities) > 1 else []
         for group in [*modalities, *means]:
-            name = "mean of cases" if group == "cases" else group
+            name = MEAN_OF_CASES if group == "cases" else group
             cells = [_cell(table.get((run, group, metric, t)), "mean") for t in turns]
             n = table[run, group, metric, turns[-1]]["n"]
             lines.append(f"| {name} | {n} | {' | '.join(cells)} |")
-        overall = [table.get((run, _MEAN, metric, t)) for t in turns]
+        overall = [table.get((run, MEAN_OF_MODALITIES, metric, t)) for t in turns]
         ranges = [_cell(row, "ci95_low", "ci95_high") for row in overall]
         lines.append(f"| its 95 % interval | | {' | '.join(ranges)} |")
         for other in exact:
-            found = [table.get((other, _MEAN, metric, t)) for t in turns]
+            found = [table.get((other, MEAN_OF_MODALITIES, metric, t)) for t in turns]
             if other != run and any(found):
                 cells = [_cell(row, "mean") for row in found]
-                lines.append(f"| {other}, {_MEAN} | | {' | '.join(cells)} |")
+                lines.append(f"| {other}, {MEAN_OF_MODALITIES} | | {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

@@ -196,80 +196,96 @@ class Planner:
         config, whole = self._config, self._store.volumes[volume]
         made_up = kind in ("supervoxel", "shape")
         seen = whole.objects[index]
-        # Runs without joined objects keep their windows, as those without upright ones do.
+        # No number is drawn where `joined` is 0, so that runs without it keep their random numbers;
+        # the same goes for `upright`.
         if config.joined > 0 and not made_up and rng.random() < config.joined:
             seen = _with_neighbour(whole, seen, rng)
-        order = (0, 1, 2)
         shown_upright = whole.modality in ("CT", "MR")
         upright = shown_upright and config.upright > 0 and rng.random() < config.upright
+        order = (0, 1, 2)
         if rng.random() < config.permute and not upright:
             z, y, x = (int(a) for a in rng.permutation(3))
             order = (z, y, x)
         view = View(whole, seen, order, rng)
-        whole_window, wide = None, False
-        if config.network == "sam_med3d" and config.sam.windows == "1.5mm":
-            window = public_window(view, edge)
-        else:
-            window = self._window(view, boxed, edge, rng)
-            large = max(window.size) > 1.25 * edge
-            refining = config.network == "refiner" and kind == "real"
-            if refining and large and rng.random() < config.zoom:
-                whole_window, window = window, zoomed_window(window, view, edge, rng)
-            elif not boxed and not made_up:
-                first, near = _UNBOXED_SHARES
-                share = rng.random()
-                wide = share < first
-                if wide:
-                    window = first_look(view, edge, rng)
-                elif share < first + near:
-                    window = about_click(view, edge, rng)
+        window, whole_window, wide = self._choose_window(kind, view, boxed, edge, rng)
         scale, origin = _of_window(window, order)
-        flips = rng.random(3) < config.flip
-        flips[:2] &= not upright  # left and right look alike
-        turn, bend = np.diag(np.where(flips, -1.0, 1.0)), None
-        warped = whole_window is None and rng.random() < config.warp
-        if warped:
-            turn = _rotation(rng) @ turn
-            bend = rng.normal(0, 0.035, (3, 4, 4, 4)).astype(np.float32)
+        flips, turn, bend = self._turn_and_bend(upright, whole_window is not None, rng)
         z, y, x = (p / c for p, c in zip(view.padding, window.cell, strict=True))
-        box = None if warped or made_up else _flipped(view.box(window), flips, edge)
+        known = bend is None and not made_up
         seed = int(rng.integers(2**62))
-        beside: list[TrainingObject] = []
         chance = np.random.default_rng((seed, 1))
-        if not made_up and chance.random() < config.others:
-            known = chance.random(len(whole.objects)) < _SEEN_BESIDE
-            own = (seen.label, seen.also)
-            beside = [
-                o for o, k in zip(whole.objects, known, strict=True) if k and o.label not in own
-            ]
+        beside = [] if made_up else self._objects_beside(whole, seen, chance)
         cells = Cells(scale @ turn, origin, edge)
         if whole_window is not None:  # inference shows a close look all that is said in it
             cells = cells.within(whole_window, view)
         plan = Plan(
-            kind,
-            volume,
-            0 if made_up else seen.label,
-            0 if made_up else seen.also,
-            edge,
-            scale,
-            turn,
-            origin,
-            bend,
-            window.cell,
-            boxed,
-            box,
-            (z, y, x),
-            None,
-            wide,
-            cells.clicks(beside, chance, config.rounds - 1, boxed),
-            cells.boxes(beside, view, window.cell, chance),
-            seed,
+            kind=kind,
+            volume=volume,
+            label=0 if made_up else seen.label,
+            also=0 if made_up else seen.also,
+            edge=edge,
+            scale=scale,
+            turn=turn,
+            origin=origin,
+            bend=bend,
+            cell=window.cell,
+            boxed=boxed,
+            box=_flipped(view.box(window), flips, edge) if known else None,
+            padding=(z, y, x),
+            around=None,
+            wide=wide,
+            elsewhere=cells.clicks(beside, chance, config.rounds - 1, boxed),
+            others=cells.boxes(beside, view, window.cell, chance),
+            seed=seed,
         )
         if whole_window is None:
             return plan
         scale, origin = _of_window(whole_window, order)
         around = dataclasses.replace(plan, scale=scale, origin=origin, cell=whole_window.cell)
         return dataclasses.replace(plan, around=around)
+
+    def _choose_window(
+        self, kind: Kind, view: View, boxed: bool, edge: int, rng: np.random.Generator
+    ) -> tuple[Window, Window | None, bool]:
+        """The window; of a close look, the one it lies in; whether it is a look at all there is."""
+        config = self._config
+        if config.network == "sam_med3d" and config.sam.windows == "1.5mm":
+            return public_window(view, edge), None, False
+        window = self._window(view, boxed, edge, rng)
+        large = max(window.size) > 1.25 * edge
+        refining = config.network == "refiner" and kind == "real"
+        if refining and large and rng.random() < config.zoom:
+            return zoomed_window(window, view, edge, rng), window, False
+        if not boxed and kind in ("real", "painted"):
+            first, near = _UNBOXED_SHARES
+            share = rng.random()
+            if share < first:
+                return first_look(view, edge, rng), None, True
+            if share < first + near:
+                return about_click(view, edge, rng), None, False
+        return window, None, False
+
+    def _turn_and_bend(
+        self, upright: bool, close: bool, rng: np.random.Generator
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float32] | None]:
+        """Which axes are flipped; ``turn`` and ``bend`` of a plan, none but flips close up."""
+        flips = rng.random(3) < self._config.flip
+        flips[:2] &= not upright  # left and right look alike
+        turn = np.diag(np.where(flips, -1.0, 1.0))
+        if close or rng.random() >= self._config.warp:
+            return flips, turn, None
+        turn = _rotation(rng) @ turn
+        return flips, turn, rng.normal(0, 0.035, (3, 4, 4, 4)).astype(np.float32)
+
+    def _objects_beside(
+        self, whole: LabelledVolume, seen: TrainingObject, chance: np.random.Generator
+    ) -> list[TrainingObject]:
+        """Other objects that have prompts, too, if there are to be any."""
+        if chance.random() >= self._config.others:
+            return []
+        known = chance.random(len(whole.objects)) < _SEEN_BESIDE
+        own = (seen.label, seen.also)
+        return [o for o, k in zip(whole.objects, known, strict=True) if k and o.label not in own]
 
     def _window(self, view: View, boxed: bool, edge: int, rng: np.random.Generator) -> Window:
         """A window about a box: as inference chooses it, with jitter; freer without a box."""

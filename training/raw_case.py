@@ -203,10 +203,10 @@ def convert(case: RawCase, how: Conversion) -> tuple[dict[str, NDArray[Any]], di
         labels = None
         if case.labels is not None and case.labels.is_dir():
             files = [path for path in _entries(case.labels) if path.is_file()]
-            masks = ((p, _said(p, axial_labels, read_volume(p), image)) for p in files)
+            masks = ((p, _naming(p, axial_labels, read_volume(p), image)) for p in files)
             labels, names = _merged(masks, case.labels, arrays["imgs"].shape, notes)
         elif case.labels is not None:
-            labels = _said(case.labels, axial_labels, read_volume(case.labels), image)
+            labels = _naming(case.labels, axial_labels, read_volume(case.labels), image)
     if arrays["imgs"].min() == arrays["imgs"].max():
         window = f"the CT window {how.window[0]:g},{how.window[1]:g}" if how.window else "clipping"
         raise ValueError(f"{case.image}: received an image of one value after {window}")
@@ -217,7 +217,7 @@ def convert(case: RawCase, how: Conversion) -> tuple[dict[str, NDArray[Any]], di
         "structures": {},
     }
     if labels is not None:
-        arrays["gts"] = _said(case.labels or case.image, renumbered, labels)
+        arrays["gts"] = _naming(case.labels or case.image, renumbered, labels)
         present = np.unique(labels)
         if case.labels is None or not case.labels.is_dir():
             names = {int(v): how.names.get(int(v), f"label {int(v)}") for v in present}
@@ -269,7 +269,7 @@ def _convert_npz(
     return arrays, labels, {"orientation": "as stored", "origin": None, "direction": None}
 
 
-def _said(path: Path, function: Any, *arguments: Any) -> Any:
+def _naming(path: Path, function: Any, *arguments: Any) -> Any:
     """The function's result; what it refuses is said of the file."""
     try:
         return function(*arguments)

@@ -68,16 +68,16 @@ class RefinerRounds:
         objects = self._objects
         if isinstance(objects, Workers):
             device = next(self._network.parameters()).device
-            batch = objects.batch(edge, dice, self._seen, device)
+            batch = objects.batch(edge, dice, self._predict, device)
         else:
             first = objects.first_look(self._slots[part], edge, dice)
-            batch = objects.batch(None if first is None else self._seen(first))
-        loss, said = self._round(batch)
-        for score in objects.advance(said):
+            batch = objects.batch(None if first is None else self._predict(first))
+        loss, logits = self._round(batch)
+        for score in objects.advance(logits):
             scores.add(*score)
         return loss
 
-    def _seen(self, channels: Tensor) -> Tensor:
+    def _predict(self, channels: Tensor) -> Tensor:
         """(B, D, H, W) float32 logits, without gradients."""
         with torch.no_grad():
             logits: Tensor = self._network(_laid_out(channels))[:, 0]
@@ -88,13 +88,14 @@ class RefinerRounds:
         logits = self._network(_laid_out(batch.channels)).float()
         logits = logits.masked_fill(batch.beyond[:, None], ABSENT)
         targets = batch.targets[:, None].float()
-        said = logits.detach()[:, 0]
+        loss = segmentation_loss(logits, targets, self._config).mean()
+        logits = logits.detach()[:, 0]
         self.samples = {
             "image": batch.channels[:, 0],
             "target": batch.targets,
-            "mask": said > 0,
+            "mask": logits > 0,
         }
-        return segmentation_loss(logits, targets, self._config).mean(), said
+        return loss, logits
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on, as plain values and tensors."""

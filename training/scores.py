@@ -10,7 +10,9 @@ from torch import Tensor
 from training.distributed import World
 
 _MEMORY = 0.98  # of the running Dice, a step
-SYNTHETIC = ("Synthetic_supervoxel", "Synthetic_shape")
+#: What objects that are made up count as, by a plan's kind, and those of label maps.
+SYNTHETIC = {"supervoxel": "Synthetic_supervoxel", "shape": "Synthetic_shape"}
+PAINTED = "Painted"
 
 
 class Scores:
@@ -23,7 +25,7 @@ class Scores:
 
     def __init__(self, sources: Sequence[str], rounds: int) -> None:
         """Start with nothing."""
-        self._names = {name: i for i, name in enumerate([*sources, *SYNTHETIC])}
+        self._names = {name: i for i, name in enumerate([*sources, *SYNTHETIC.values()])}
         self._sums = torch.zeros(len(self._names) + 1, 2, rounds, 2, dtype=torch.float64)
         self._step = torch.zeros(len(self._names) + 1, 2, dtype=torch.float64)
         self.running: dict[str, float] = {}
@@ -54,7 +56,7 @@ class Scores:
         for i in range(sums.shape[2]):
             found[f"round {i}"] = _mean(sums[:, :, i])
         modalities: dict[str, list[int]] = {}
-        for name, row in [*self._names.items(), ("Painted", len(self._names))]:
+        for name, row in [*self._names.items(), (PAINTED, len(self._names))]:
             modalities.setdefault(name.split("_")[0], []).append(row)
         for modality, rows in modalities.items():
             for kind in (0, 1):

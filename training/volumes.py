@@ -106,7 +106,7 @@ def _load_volume(path: Path) -> LabelledVolume:
     kept, (z, y, x) = checked(path.stem, arrays)
     voxels = torch.from_numpy(to_bytes(arrays["imgs"])) if "imgs" in arrays else None
     objects = []
-    for label, place in enumerate(ndimage.find_objects(kept.astype(np.int32)), start=1):
+    for label, place in enumerate(ndimage.find_objects(kept), start=1):
         if place is None:
             continue
         mask = kept[place] == label

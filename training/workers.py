@@ -116,7 +116,7 @@ class Workers:
         self,
         edge: int,
         dice: Mapping[str, float],
-        seen: Callable[[Tensor], Tensor],
+        predict: Callable[[Tensor], Tensor],
         device: torch.device,
     ) -> Batch:
         """The next pass's input, once enough workers are ready.
@@ -124,7 +124,7 @@ class Workers:
         Args:
             edge: of windows that begin from now on, in cells.
             dice: mean Dice of each dataset so far.
-            seen: what the network says to first looks, (n, C, D, H, W) to (n, D, H, W).
+            predict: what the network says to first looks, (n, C, D, H, W) to (n, D, H, W).
             device: of the network.
 
         Raises:
@@ -143,7 +143,7 @@ class Workers:
             wanted = self._config.batch // self._workers[0].places
             if len(known) >= wanted:
                 break
-            self._serve(seen, device)
+            self._serve(predict, device)
         self._turn, self._ready = known[:wanted], known[wanted:]
 
         def together(name: str) -> Tensor:
@@ -158,8 +158,8 @@ class Workers:
 
     def advance(self, logits: Tensor) -> list[Score]:
         """Tell the pass's workers what the network said; the scores that came in meanwhile."""
-        for worker, said in zip(self._turn, logits.split(self._turn[0].places), strict=True):
-            worker.shared.answer(*said.shape[:2]).copy_(said)
+        for worker, part in zip(self._turn, logits.split(self._turn[0].places), strict=True):
+            worker.shared.answer(*part.shape[:2]).copy_(part)
             self._go_on(worker, "said")
         self._turn = []
         scores, self._scores = self._scores, []
@@ -221,7 +221,7 @@ class Workers:
         worker.edge = self._next[0]
         _tell(worker, what, self._next)
 
-    def _serve(self, seen: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def _serve(self, predict: Callable[[Tensor], Tensor], device: torch.device) -> None:
         """Hear the workers that have something to say, and answer their first looks together."""
         asking: list[tuple[_Worker, int]] = []
         for pipe in wait([worker.pipe for worker in self._workers]):
@@ -243,10 +243,10 @@ class Workers:
         inputs = [w.shared.input(n, w.edge).to(device, non_blocking=True) for w, n in asking]
         for edge in {w.edge for w, _ in asking}:
             some = [i for i, (w, _) in enumerate(asking) if w.edge == edge]
-            logits = seen(torch.cat([inputs[i] for i in some]).float())
-            for i, said in zip(some, logits.split([asking[i][1] for i in some]), strict=True):
+            logits = predict(torch.cat([inputs[i] for i in some]).float())
+            for i, part in zip(some, logits.split([asking[i][1] for i in some]), strict=True):
                 worker, n = asking[i]
-                worker.shared.answer(n, edge).copy_(said)
+                worker.shared.answer(n, edge).copy_(part)
                 _tell(worker, "first")
 
 
@@ -286,13 +286,13 @@ def _turns(pipe: Connection, shared: _Shared, pool: Pool) -> None:
             scores = pool.advance(shared.answer(len(row), before).clone())
         before = edge
         first = pool.first_look(row, edge, dice)
-        said = None
+        logits = None
         if first is not None:
             shared.input(len(first), edge).copy_(first)
             pipe.send(("first", len(first)))
             pipe.recv()
-            said = shared.answer(len(first), edge).clone()
-        batch = pool.batch(said)
+            logits = shared.answer(len(first), edge).clone()
+        batch = pool.batch(logits)
         shared.input(len(row), edge).copy_(batch.channels)
         for name in ("targets", "beyond"):
             values = getattr(batch, name)

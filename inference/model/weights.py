@@ -97,11 +97,12 @@ def listed_sha256(path: Path) -> str | None:
 
 
 def record_sha256(path: Path, digest: str) -> None:
-    """List a file in the ``SHA256SUMS`` beside it."""
+    """List a file in the ``SHA256SUMS`` beside it, in the place of what was listed for its name."""
     sums = path.with_name(_SUMS)
-    text = sums.read_text(encoding="utf-8") if sums.is_file() else ""
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
+    kept = [line for line in lines if line.startswith("#") or line[66:] != path.name]
     with replacing(sums) as file:
-        file.write(f"{text}{digest}  {path.name}\n".encode())
+        file.write("\n".join([*kept, f"{digest}  {path.name}", ""]).encode())
 
 
 def verify_weights(path: Path) -> bool:

@@ -92,7 +92,8 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     predicted = step()[:, 0] > 0
     cells = [s.cell for s in few]
     chances = [0.5] * batch
-    clicks = cpu_ms(lambda: next_clicks(predicted, targets, cells, chances), 5)
+    how = (config.clicks, config.click_slack)
+    clicks = cpu_ms(lambda: next_clicks(predicted, targets, cells, chances, *how), 5)
     found["draw a click"] = clicks / batch
     rounds = (config.rounds + 1) / 2
     found["pipeline, a round"] = found["draw a window"] / rounds + found["draw a click"]

@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from training.checkpoint import build_network
 from training.config import Config
+from training.dataset import WindowDataset
 from training.pool import Pool
 from training.refiner_rounds import RefinerRounds
+from training.trainer import Trainer
+from training.volumes import load_folder
 
 
 def write_balls(folder: Path) -> Path:
@@ -38,6 +43,15 @@ def config(**values: Any) -> Config:
         "checkpoint_minutes": 60.0,
     }
     return Config.from_dict({**small, **values})
+
+
+def trainer(folder: Path, out: Path, **values: Any) -> Trainer:
+    """Of a new network on the balls, changed as :func:`config` is."""
+    settings = config(**values)
+    torch.manual_seed(settings.seed)
+    volumes = load_folder(folder) + load_folder(folder / "maps")
+    out.mkdir(exist_ok=True)
+    return Trainer(build_network(settings), WindowDataset(volumes, settings), settings, out)
 
 
 #: SAM-Med3D of 0.9 M parameters on windows of 32^3.

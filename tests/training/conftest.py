@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.test_nifti import DIRECTIONS, blobs
+from tests.training.balls import write_balls
 from tests.training.raw_images import scan, write
 
 
@@ -19,6 +20,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two volumes with two balls each, and a label map in ``maps``."""
+    return write_balls(tmp_path)
 
 
 @pytest.fixture

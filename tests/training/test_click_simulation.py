@@ -25,12 +25,13 @@ def _clicks(
     target: NDArray[np.bool_],
     cell: tuple[float, float, float] = CELL,
     count: int = 1,
-    **options: float | str,
+    rule: str = "deep",
+    slack: float = 0.3,
 ) -> list[tuple[tuple[float, float, float], bool] | None]:
     """Clicks of the same pair of masks, drawn with evenly spread chances."""
     pair = (torch.from_numpy(np.stack([m] * count)) for m in (predicted, target))
     chances = [(i + 0.5) / count for i in range(count)]
-    return next_clicks(*pair, [cell] * count, chances, **options)  # type: ignore[arg-type]
+    return next_clicks(*pair, [cell] * count, chances, rule, slack)
 
 
 def _errors(count: int) -> NDArray[np.bool_]:
@@ -137,7 +138,7 @@ def test_clicks_lie_in_the_exact_largest_component() -> None:
     assert not (found & ~errors).any()
     overlaps = [(a & b).sum() / (a | b).sum() for a, b in zip(found, exact, strict=True)]
     assert np.median(overlaps) > 0.9
-    clicks = next_clicks(torch.zeros_like(masks), masks, [CELL] * 20, [0.5] * 20)
+    clicks = next_clicks(torch.zeros_like(masks), masks, [CELL] * 20, [0.5] * 20, "deep", 0.3)
     inside = [
         mask[tuple(int(v) for v in click[0])]
         for click, mask in zip(clicks, exact, strict=True)

@@ -23,8 +23,8 @@ from training.case_statistics import (
     statistics,
 )
 from training.coreset import (
+    CasePool,
     Coverage,
-    Pool,
     choose_diverse,
     choose_random,
     main,
@@ -42,7 +42,7 @@ def described(name: str, *features: tuple[float, ...], voxels: int = 100) -> Des
 
 
 @pytest.fixture
-def clusters() -> Pool:
+def clusters() -> CasePool:
     """Three places in CT, two in MR; forty cases crowd at one of them."""
     rng = np.random.default_rng(0)
     cases = []
@@ -54,10 +54,10 @@ def clusters() -> Pool:
         cases.append(described(f"CT_high_{i}", (0, 5 + 0.1 * i)))
         cases.append(described(f"MR_crowd_{i}", (0, 0.1 * i)))
         cases.append(described(f"MR_far_{i}", (5, 0.1 * i)))
-    return Pool(cases)
+    return CasePool(cases)
 
 
-def test_diverse_takes_one_of_each_before_two_of_any(clusters: Pool) -> None:
+def test_diverse_takes_one_of_each_before_two_of_any(clusters: CasePool) -> None:
     chosen = [choice.name for choice in choose_diverse(clusters, 5, 0)]
     assert sorted("_".join(name.split("_")[:2]) for name in chosen) == [
         "CT_crowd",
@@ -78,7 +78,7 @@ def test_the_lazy_choice_is_the_greedy_one() -> None:
         described(f"{m}_d{i % 3}_{i:02}", *rng.normal(size=(rng.integers(1, 4), 4)))
         for m, i in itertools.product(("CT", "PET"), range(9))
     ]
-    pool = Pool(cases)
+    pool = CasePool(cases)
     coverage = Coverage(pool)
     best, expected, value = np.zeros(len(coverage.clients)), [], 0.0
     for _ in range(6):
@@ -97,7 +97,7 @@ def test_the_lazy_choice_is_the_greedy_one() -> None:
     assert greedy >= (1 - 1 / np.e) * most, "Nemhauser et al. 1978"
 
 
-def test_modalities_do_not_stand_for_each_other(clusters: Pool) -> None:
+def test_modalities_do_not_stand_for_each_other(clusters: CasePool) -> None:
     coverage = Coverage(clusters)
     similarity = coverage.similarity(0)
     ct = clusters.modality[coverage.clients] == "CT"
@@ -109,7 +109,7 @@ def test_random_is_fair_and_keeps_the_strata_s_shares() -> None:
     cases = [described(f"CT_a_{i:02}", (0.0,)) for i in range(20)]
     cases += [described(f"MR_b_{i:02}", (0.0,)) for i in range(10)]
     cases += [described(f"US_c_{i:02}", (0.0,)) for i in range(3)]
-    pool = Pool(cases)
+    pool = CasePool(cases)
     counts = dict.fromkeys((case.name for case in cases), 0)
     draws = 600
     for seed in range(draws):
@@ -129,7 +129,7 @@ def test_random_is_fair_and_keeps_the_strata_s_shares() -> None:
 def test_sizes_are_thirds_of_the_modality() -> None:
     cases = [described(f"CT_a_{i}", (0.0,), voxels=10 * (i + 1)) for i in range(9)]
     cases += [described(f"MR_a_{i}", (0.0,), voxels=10_000 * (i + 1)) for i in range(3)]
-    strata = Pool(cases).strata()
+    strata = CasePool(cases).strata()
     assert [s.split()[-1] for s in strata] == [
         *["small"] * 3,
         *["medium"] * 3,
@@ -208,7 +208,7 @@ def test_the_command_writes_a_list_that_training_reads(
 
 
 def test_the_table_counts_what_is_there(folder: Path) -> None:
-    pool = Pool(describe_folder(folder))
+    pool = CasePool(describe_folder(folder))
     every = [case.name for case in pool.cases]
     figures = dict(zip(ROWS, measure(pool, Coverage(pool), every), strict=True))
     assert figures["cases"] == 12 and figures["objects"] == 4 * (1 + 2 + 3)
@@ -314,7 +314,7 @@ def test_the_real_pool_is_covered_better_than_by_chance(tmp_path: Path, shared_d
     few.mkdir()
     for path in paths:
         (few / path.name).symlink_to(path)
-    pool = Pool(describe_folder(few))
+    pool = CasePool(describe_folder(few))
     coverage = Coverage(pool)
     names = [choice.name for choice in choose_diverse(pool, 4, 0)]
     value = ROWS.index("coverage, 0..1")

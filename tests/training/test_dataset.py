@@ -11,7 +11,7 @@ import torch
 from inference.coarse import _normalise
 from inference.model.refiner import CHANNELS
 from inference.refinement import BOX_ALONE
-from tests.training.balls import TINY_SAM, config, pool_of, write_balls
+from tests.training.balls import TINY_SAM, config, pool_of
 from training.augmentation import Chance, change_intensities, masked_z_scores, perturb_mask
 from training.dataset import Sample, WindowDataset
 from training.losses import dice_score
@@ -19,11 +19,6 @@ from training.refiner_rounds import RefinerRounds
 from training.scores import Scores
 from training.synthesis import random_shape, supervoxel, with_two_tissues
 from training.volumes import load_folder
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_balls(tmp_path)
 
 
 def _dataset(folder: Path, **values: object) -> WindowDataset:

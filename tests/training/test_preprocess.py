@@ -94,7 +94,7 @@ def test_training_and_evaluation_read_what_was_made(folders: tuple[Path, Path, P
     assert [found.label for found in volume.objects] == [1, 2]
     case = load_labelled_case(out / "MR_Site-1_a.npz")
     assert case.structures == ("liver", "label 23")
-    assert case.has_boxes
+    assert "boxes" in case.arrays
 
 
 def test_one_file_a_structure(tmp_path: Path) -> None:

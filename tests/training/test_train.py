@@ -10,15 +10,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from tests.training.balls import config, write_balls
+from tests.training.balls import config
 from training.checkpoint import load_checkpoint
 from training.train import main
 from training.trainer import Trainer
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_balls(tmp_path)
 
 
 def command(folder: Path, *more: str, **values: object) -> list[str]:

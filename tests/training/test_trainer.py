@@ -15,13 +15,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from tests.training.balls import TINY_SAM, config, write_balls
-from training.checkpoint import build_network, load_checkpoint
-from training.dataset import WindowDataset
+from tests.training.balls import TINY_SAM, config, trainer
+from training.checkpoint import load_checkpoint
 from training.run_log import read_log
 from training.train import main
 from training.trainer import Trainer
-from training.volumes import load_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tensors here are too small for two
 
@@ -36,17 +34,8 @@ SAM: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_balls(tmp_path)
-
-
 def _trainer(folder: Path, out: Path, **values: Any) -> Trainer:
-    settings = config(**{"steps": 8, "lr": 1e-3, "warmup_steps": 2, **values})
-    torch.manual_seed(settings.seed)
-    volumes = load_folder(folder) + load_folder(folder / "maps")
-    out.mkdir(exist_ok=True)
-    return Trainer(build_network(settings), WindowDataset(volumes, settings), settings, out)
+    return trainer(folder, out, **{"steps": 8, "lr": 1e-3, "warmup_steps": 2, **values})
 
 
 def _weights(out: Path) -> dict[str, Tensor]:

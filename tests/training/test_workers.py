@@ -11,31 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.conftest import CHECKOUT
-from tests.training.balls import config, write_balls
-from training.checkpoint import build_network, load_checkpoint
+from tests.training.balls import config, trainer
+from training.checkpoint import load_checkpoint
 from training.dataset import WindowDataset
 from training.run_log import read_log
 from training.trainer import Trainer
-from training.volumes import load_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # tensors here are too small for two
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_balls(tmp_path)
-
-
 def _trainer(folder: Path, out: Path, **values: Any) -> Trainer:
     changed = {"steps": 6, "lr": 1e-3, "warmup_steps": 0, "log_steps": 1, "zoom": 0.5, **values}
-    settings = config(**changed)
-    torch.manual_seed(settings.seed)
-    volumes = load_folder(folder) + load_folder(folder / "maps")
-    out.mkdir(exist_ok=True)
-    return Trainer(build_network(settings), WindowDataset(volumes, settings), settings, out)
+    return trainer(folder, out, **changed)
 
 
 def _losses(out: Path) -> list[float]:

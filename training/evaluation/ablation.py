@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.case import Case
-from inference.finishing import Finisher
+from inference.case import MAX_CLASSES, Case
+from inference.finishing import Finisher, paper_masks
 from inference.geometry import Triple
 from inference.model.weights import find_weights, sha256_of
-from inference.postprocessing import OBJECT_STEPS, clean_object, resolve_overlaps
+from inference.postprocessing import OBJECT_STEPS, resolve_overlaps
 from inference.refinement import ObjectLogits, merge
 from training.evaluation.ablation_table import (
     AUTO,
@@ -90,13 +90,8 @@ def apply_paper_steps(
     Without :data:`PRIORITY` the object of the highest logit gets a voxel; voxels that a step added
     have a logit barely above 0.
     """
-    results = list(results)
     logits = {result.label: result for result in results}
-    cleaned: list[tuple[int, tuple[slice, slice, slice], NDArray[np.bool_]]] = []
-    for result in results:
-        found = clean_object(result.logits > 0, result.start, shape, steps)
-        if found is not None:
-            cleaned.append((result.label, *found))
+    cleaned = paper_masks(logits.values(), shape, steps)
     if PRIORITY in steps:
         return resolve_overlaps(cleaned, np.zeros(shape, np.uint8))
     return merge((_with_mask(logits[label], *found) for label, *found in cleaned), shape)
@@ -123,7 +118,6 @@ def score_case(task: Task) -> list[Row]:
     record = load_record(task.record)
     case = restrict(load_labelled_case(task.cases / record.name), record.labels)
     D, H, W = case.reference.voxels.shape
-    x, y, z = case.stored_spacing
     rows = []
     for level in task.levels:
         for turn in task.rounds:
@@ -134,7 +128,7 @@ def score_case(task: Task) -> list[Row]:
                 degrade(result, (D, H, W), level, f"{record.name} {turn} {result.label}")
                 for _, result in record.rounds[turn]
             ]
-            given = Case(record.name, case.arrays["imgs"], (z, y, x), prompts)
+            given = Case(record.name, case.arrays["imgs"], case.spacing_mm, prompts)
             known: dict[bytes, Scores] = {}  # many variants leave many masks as they are
             for name, steps in VARIANTS.items():
                 if steps is None:
@@ -186,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--cache", type=Path, required=True, metavar="DIR", help="where records are kept")
     add("--out", type=Path, required=True, metavar="DIR", help="where the tables go")
     add("--weights", default="default", metavar="FILE", help="bundle, or its name")
-    add("--objects", type=int, default=255, metavar="N", help="most classes of a case")
+    add("--objects", type=int, default=MAX_CLASSES, metavar="N", help="most classes of a case")
     add("--rounds", type=int, nargs="+", default=[0, 1, 3, 5], metavar="N", help="0: the box round")
     add("--noise", type=float, nargs="+", default=[0.0, PAPER_NOISE], metavar="SD")
     add("--document", type=Path, metavar="MD", help="also put a digest between its markers")

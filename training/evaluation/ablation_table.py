@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.evaluation.intervals import mean_intervals
-from training.evaluation.summary import modality_in_tables
+from training.evaluation.intervals import mean_intervals, mean_of_known
+from training.evaluation.summary import MEAN_OF_MODALITIES, modality_in_tables
 
 #: Name of the variant all others are compared with, and of the fitted rules.
 OFF, AUTO = "off", "auto"
 ALL_ROUNDS = "all rounds"
-ALL_MODALITIES = "mean of modalities"
 LARGEST_LOSS = 0.002  # DSC that rules may cost a modality, at most, at the interval's lower end
 
 Row = dict[str, Any]
@@ -56,7 +55,7 @@ def summarise_ablation(rows: Sequence[Row]) -> list[Row]:
         groups: dict[str, list[NDArray[np.bool_]]] = {
             name: [modality == name] for name in sorted(set(modality))
         }
-        groups[ALL_MODALITIES] = [modality == name for name in sorted(set(modality))]
+        groups[MEAN_OF_MODALITIES] = [modality == name for name in sorted(set(modality))]
         columns = (*(_round_name(turn) for turn in rounds), ALL_ROUNDS)
         for metric in ("dsc", "nsd"):
             scores = {variant: _by_round(at_level, variant, metric, cases) for variant in variants}
@@ -99,9 +98,7 @@ def _by_round(
 
 def _with_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """One column more: the mean of the others, as far as they are known."""
-    known = ~np.isnan(values)
-    mean = np.where(known, values, 0).sum(1) / known.sum(1)
-    return np.column_stack((values, mean))
+    return np.column_stack((values, mean_of_known(values, 1)))
 
 
 def _round_name(turn: int) -> str:
@@ -121,7 +118,7 @@ def is_earned(table: Sequence[Mapping[str, Any]]) -> bool:
         == (0.0, AUTO, ALL_ROUNDS, "DSC")
     ]
     harmless = all(row["ci95_low"] >= -LARGEST_LOSS for row in rows)
-    mean = next(row["gain"] for row in rows if row["modality"] == ALL_MODALITIES)
+    mean = next(row["gain"] for row in rows if row["modality"] == MEAN_OF_MODALITIES)
     return harmless and mean > 0
 
 
@@ -140,9 +137,9 @@ def ablation_tables(table: Sequence[Mapping[str, Any]]) -> list[Table]:
             ]
             title = f"{metric}, {quality}, {{}}: {OFF}, and differences to it in hundredths"
             by_modality = [row for row in rows if row["round"] == ALL_ROUNDS]
-            by_round = [row for row in rows if row["modality"] == ALL_MODALITIES]
+            by_round = [row for row in rows if row["modality"] == MEAN_OF_MODALITIES]
             tables.append(_table(title.format("mean over the rounds"), by_modality, "modality"))
-            tables.append(_table(title.format(ALL_MODALITIES), by_round, "round"))
+            tables.append(_table(title.format(MEAN_OF_MODALITIES), by_round, "round"))
     return tables
 
 
@@ -160,7 +157,7 @@ def digest(table: Sequence[Mapping[str, Any]]) -> str:
             if float(row["noise"]) == level and row["round"] == ALL_ROUNDS
         }
         modalities = list(dict.fromkeys(modality for _, modality, _ in rows))
-        columns = [*((modality, "DSC") for modality in modalities), (ALL_MODALITIES, "NSD")]
+        columns = [*((modality, "DSC") for modality in modalities), (MEAN_OF_MODALITIES, "NSD")]
         heads = [f"{name} ({rows[OFF, name, metric]['cases']})" for name, metric in columns]
         quality = "The network as it is" if not level else f"Noise {level:g} on its logits"
         lines = [

@@ -194,8 +194,7 @@ def slices_through_object(
     image = np.asarray(case.arrays["imgs"][crop], np.float32)
     truth, found = reference.voxels[crop] == label, segs[crop] == label
     centre = fullest_slices(truth)
-    x_mm, y_mm, z_mm = case.stored_spacing
-    spacing = (z_mm, y_mm, x_mm)
+    spacing = case.spacing_mm
     low, high = np.percentile(image, (0.5, 99.5))
     clicks = [
         (np.subtract(position, [edge.start for edge in crop]), kind)

@@ -1,4 +1,4 @@
-"""What a handful of cases tell of a mean: its 95 % confidence interval."""
+"""Means of a handful of cases, and what these tell of them: 95 % confidence intervals."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def mean_intervals(
         strata: masks of rows, (rows,) each; those without a value in a column are left out.
     """
     return [_interval([column[m][~np.isnan(column[m])] for m in strata]) for column in values.T]
+
+
+def mean_of_known(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """The mean along an axis of what is not NaN; NaN where nothing is (``np.nanmean`` warns)."""
+    means: NDArray[np.float64] = np.ma.masked_invalid(values).mean(axis).filled(np.nan)
+    return means
 
 
 def _interval(parts: Sequence[NDArray[np.float64]]) -> MeanInterval:

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.case import MAX_CLASSES
 from inference.npz import NpzFile
 from training.evaluation.label_map import LabelMap
 from training.evaluation.metrics import as_spacing
 from training.evaluation.surface_dice import Spacing
 from training.manifest import read_structures
-
-_MOST_CLASSES = 255  # of a label map of uint8
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,10 @@ class LabelledCase:
     structures: tuple[str, ...]
 
     @property
-    def has_boxes(self) -> bool:
-        """Whether the box round is held."""
-        return "boxes" in self.arrays
+    def spacing_mm(self) -> Spacing:
+        """The spacing along the arrays' axes, (z, y, x)."""
+        x, y, z = self.stored_spacing
+        return z, y, x
 
 
 def load_labelled_case(
@@ -75,8 +75,8 @@ def load_labelled_case(
     stored = reference.labels
     if not stored:
         raise ValueError(f"{path.name}: no labelled voxel")
-    if len(stored) > _MOST_CLASSES:
-        raise ValueError(f"{path.name}: {len(stored)} labels; accepted: at most {_MOST_CLASSES}")
+    if len(stored) > MAX_CLASSES:
+        raise ValueError(f"{path.name}: {len(stored)} labels; accepted: at most {MAX_CLASSES}")
     if not boxes:
         arrays.pop("boxes", None)
     if "boxes" in arrays and arrays["boxes"].shape[:1] != (len(stored),):

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_EDGES = {
-    0: ("z_min", "z_max"),
-    1: ("z_mid_y_min", "z_mid_y_max"),
-    2: ("z_mid_x_min", "z_mid_x_max"),
-}
+from inference.object_prompts import BOX_KEYS
+from training.evaluation.metrics import CLICK_ROUNDS
+
+_EDGES = tuple(zip(BOX_KEYS[::2], BOX_KEYS[1::2], strict=True))  # z, y, x
 
 
 class BoxesError(ValueError):
@@ -37,7 +36,7 @@ class PromptVariant:
     box_jitter: float = 0.0
     click_shift: int = 0
     with_boxes: bool = True
-    click_rounds: int = 5
+    click_rounds: int = CLICK_ROUNDS
 
     def generator(self, case_name: str) -> np.random.Generator:
         """Random numbers that depend on the case alone: variants of one strength are paired."""
@@ -60,7 +59,7 @@ class PromptVariant:
             try:
                 drawn[index] = self._jittered(box, shape, random)
             except (LookupError, TypeError, ValueError, ArithmeticError):
-                keys = ", ".join(("z_mid", *(key for edge in _EDGES.values() for key in edge)))
+                keys = ", ".join(("z_mid", *BOX_KEYS))
                 raise BoxesError(
                     f"box {index + 1}: received {str(box)[:100]}; accepted: integers {keys}"
                 ) from None
@@ -70,7 +69,7 @@ class PromptVariant:
         self, box: Any, shape: Sequence[int], random: np.random.Generator
     ) -> dict[str, Any]:
         moved = dict(box)
-        for axis, (low, high) in _EDGES.items():
+        for axis, (low, high) in enumerate(_EDGES):
             faces = np.array([box[low], box[high]], int)
             reach = self.box_jitter * (faces[1] - faces[0] + 1)
             ends = np.rint(faces + reach * random.uniform(-1, 1, 2))

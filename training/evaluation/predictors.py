@@ -87,17 +87,15 @@ class InProcess:
 class Command:
     """A command that reads an inputs folder and writes an outputs folder, one process a round."""
 
-    def __init__(self, command: str, directory: Path | None = None) -> None:
+    def __init__(self, command: str) -> None:
         """Take a command line with ``{inputs}`` and ``{outputs}`` where the folders belong.
 
         Args:
             command: split as a shell would, but run without one.
-            directory: where it runs; the current one by default.
         """
         if "{inputs}" not in command or "{outputs}" not in command:
             raise ValueError(f"command {command!r}; accepted: one with {{inputs}} and {{outputs}}")
         self._command = command
-        self._directory = directory
 
     def __call__(self, arrays: Arrays, name: str) -> Prediction:
         """See :class:`Predictor`; only the process is timed, from its start to its end."""
@@ -130,7 +128,6 @@ class Command:
             started = time.perf_counter()
             process = subprocess.Popen(
                 words,
-                cwd=self._directory,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.case import Box, Case, Click, ObjectPrompts, modality_of
+from inference.case import MAX_CLASSES, Box, Case, Click, ObjectPrompts, modality_of
 from inference.model.weights import find_weights, sha256_of
 from inference.refinement import ObjectLogits, merge
 from inference.segmenter import Segmenter
@@ -162,7 +162,7 @@ def record_folder(
     weights: Path,
     objects: int,
     per_modality: int | None = None,
-    click_rounds: int = 5,
+    click_rounds: int = CLICK_ROUNDS,
     without_boxes_every: int | None = None,
 ) -> list[Path]:
     """Record the cases of a folder; those recorded before stay as they are.
@@ -184,7 +184,7 @@ def record_folder(
         ValueError: no case, one that cannot be recorded, or a number out of range.
         OSError: a file cannot be read or written.
     """
-    _check("objects", objects, 1, 255)
+    _check("objects", objects, 1, MAX_CLASSES)
     _check("per-modality", per_modality, 1)
     _check("click-rounds", click_rounds, 0, CLICK_ROUNDS)
     _check("without-boxes-every", without_boxes_every, 1)
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--weights", default="default", metavar="FILE", help="bundle, or its name")
     add("--objects", type=int, default=6, metavar="N", help="most classes of a case")
     add("--per-modality", type=int, metavar="N", help="most cases of a modality (default: all)")
-    add("--click-rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    add("--click-rounds", type=int, default=CLICK_ROUNDS, metavar="N", help="default: %(default)s")
     add("--without-boxes-every", type=int, metavar="N", help="every Nth case goes without boxes")
     add("--threads", type=int, metavar="N", help="CPU threads")
     options = parser.parse_args(arguments)

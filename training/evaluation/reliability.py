@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inference.case import MAX_CLASSES
 from inference.model.weights import find_weights
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.recording import RecordedCase, load_record, record_folder, restrict
 from training.evaluation.report import write_report
 from training.evaluation.results import list_runs, write_csv
-from training.evaluation.summary import modality_in_tables
+from training.evaluation.summary import MEAN_OF_MODALITIES, modality_in_tables
 
 BINS = 10
-MEAN = "mean of modalities"
 
 
 def count_case(record: RecordedCase, case: LabelledCase) -> NDArray[np.float64]:
@@ -69,7 +69,7 @@ def reliability_rows(counts: Mapping[str, NDArray[np.float64]]) -> list[dict[str
         the two (Guo et al. 2017).
     """
     shares = {name: count / count[0].sum() for name, count in counts.items() if count[0].sum()}
-    shares[MEAN] = np.mean(list(shares.values()), axis=0)
+    shares[MEAN_OF_MODALITIES] = np.mean(list(shares.values()), axis=0)
     rows = []
     for name, (share, probable, true) in shares.items():
         error = float(np.abs(probable - true).sum())
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--cache", type=Path, required=True, metavar="DIR", help="where records are kept")
     add("--out", type=Path, required=True, metavar="DIR", help="where the table goes")
     add("--weights", default="default", metavar="FILE", help="bundle, or its name")
-    add("--objects", type=int, default=255, metavar="N", help="most classes of a case")
+    add("--objects", type=int, default=MAX_CLASSES, metavar="N", help="most classes of a case")
     options = parser.parse_args(arguments)
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,13 @@ from training.evaluation.ablation_table import ablation_tables
 from training.evaluation.comparison import Difference
 from training.evaluation.protocol import CaseResult
 from training.evaluation.results import RunFolder, read_csv
-from training.evaluation.summary import COLUMNS, METRICS, modality_rows, stress_rows
+from training.evaluation.summary import (
+    COLUMNS,
+    MEAN_OF_MODALITIES,
+    METRICS,
+    modality_rows,
+    stress_rows,
+)
 
 _LOSS = ("", "_loss")
 _STYLE = """
@@ -102,7 +108,7 @@ def _overview(results: Mapping[str, Sequence[CaseResult]]) -> str:
         for name, found in results.items():
             # The row over all modalities, or the only one there is.
             means = modality_rows(found, metric)
-            overall = means[-2] if len(means) > 1 else means[0]
+            overall = next((row for row in means if row[0] == MEAN_OF_MODALITIES), means[0])
             rows.append((name, overall[1], list(overall[2])))
         parts.append(f"<h3>{metric.upper()}, mean of the modalities</h3>")
         parts.append(_table(("run", "cases", *COLUMNS), rows, mark_best=True))

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inference.case import MODALITIES, modality_of
-from training.evaluation.intervals import mean_intervals
+from training.evaluation.intervals import mean_intervals, mean_of_known
 from training.evaluation.metrics import area_under_curve
 from training.evaluation.protocol import ROUNDS, CaseResult
 
 METRICS = ("dsc", "nsd")
 COLUMNS = ("box", *(f"click {n}" for n in range(1, ROUNDS)), "AUC", "Final")
+MEAN_OF_MODALITIES, MEAN_OF_CASES = "mean of modalities", "mean of cases"
 _DECILES = 10
 
 
@@ -90,7 +91,7 @@ def summarise(results: Sequence[CaseResult]) -> list[dict[str, Any]]:
     modalities = sorted(set(cases.modality))
     by_modality = [np.array(cases.modality) == m for m in modalities]
     groups.append(("all", "cases", cases, [everything]))
-    groups.append(("all", "mean of modalities", cases, by_modality))
+    groups.append(("all", MEAN_OF_MODALITIES, cases, by_modality))
     groups += [
         ("modality", m, cases, [mask]) for m, mask in zip(modalities, by_modality, strict=True)
     ]
@@ -148,11 +149,11 @@ def modality_rows(
     rows = []
     for modality in sorted(set(table.modality)):
         of_it = values[np.array(table.modality) == modality]
-        rows.append((modality, len(of_it), _mean_rows(of_it)))
+        rows.append((modality, len(of_it), mean_of_known(of_it, 0)))
     if len(rows) > 1:
         means = np.array([mean for _, _, mean in rows])
-        rows.append(("mean of modalities", len(results), _mean_rows(means)))
-        rows.append(("mean of cases", len(results), _mean_rows(values)))
+        rows.append((MEAN_OF_MODALITIES, len(results), mean_of_known(means, 0)))
+        rows.append((MEAN_OF_CASES, len(results), mean_of_known(values, 0)))
     return rows
 
 
@@ -166,14 +167,6 @@ def format_table(results: Sequence[CaseResult]) -> str:
             lines.append(f"{name:<20}{count:>6}{cells}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
-
-
-def _mean_rows(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(rows, columns) -> (columns,) mean of what is not NaN; NaN where nothing is."""
-    known = ~np.isnan(values)
-    count = known.sum(0)
-    total = np.where(known, values, 0).sum(0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def stress_rows(runs: Mapping[str, Sequence[CaseResult]]) -> list[dict[str, Any]]:

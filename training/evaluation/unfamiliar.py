@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from inference.nifti import renumbered
 from training.augmentation import Chance
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.results import is_same_folder
@@ -76,10 +77,9 @@ def bend_case(path: Path) -> dict[str, NDArray[Any]]:
             f"{path.name}: intensities {image.min()} to {image.max()}; accepted: 0 to 255"
         )
     image, labels = unfamiliar(image.astype(np.uint8), case.reference.voxels, path.name)
-    left = np.unique(labels[labels > 0])
-    if not left.size:
+    if not labels.any():
         raise ValueError(f"{path.name}: bending loses all labels; accepted: larger objects")
-    labels = ((np.searchsorted(left, labels) + 1) * (labels > 0)).astype(np.uint8)
+    labels = renumbered(labels)
     boxes = challenge_boxes(labels, path.name)
     return {"imgs": image, "gts": labels, "spacing": case.arrays["spacing"], "boxes": boxes}
 

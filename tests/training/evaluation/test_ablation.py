@@ -19,7 +19,6 @@ from tests.test_postprocessing import blobs, speckled
 from training.evaluation import ablation, code_version, recording
 from training.evaluation.ablation import PAPER, VARIANTS, apply_paper_steps
 from training.evaluation.ablation_table import (
-    ALL_MODALITIES,
     ALL_ROUNDS,
     ablation_tables,
     digest,
@@ -40,6 +39,7 @@ from training.evaluation.recording import (
     restrict,
     save_record,
 )
+from training.evaluation.summary import MEAN_OF_MODALITIES
 
 
 class StandIn:
@@ -190,9 +190,11 @@ def test_differences_are_paired_by_case():
         if (r["variant"], r["metric"]) == ("auto", "DSC")
     }
     assert set(chosen) == {
-        (m, turn) for m in ("CT", "PET", ALL_MODALITIES) for turn in ("box", "click 5", ALL_ROUNDS)
+        (m, turn)
+        for m in ("CT", "PET", MEAN_OF_MODALITIES)
+        for turn in ("box", "click 5", ALL_ROUNDS)
     }
-    for modality, gain in (("CT", 0.01), ("PET", 0.03), (ALL_MODALITIES, 0.02)):
+    for modality, gain in (("CT", 0.01), ("PET", 0.03), (MEAN_OF_MODALITIES, 0.02)):
         one = chosen[modality, ALL_ROUNDS]
         # The same gain in each case: no width, however different the cases are.
         assert [one[k] for k in ("gain", "ci95_low", "ci95_high")] == pytest.approx([gain] * 3)

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.conftest import CHECKOUT
 from tests.phantoms import challenge_case, write_npz
 from training.evaluation import code_version, evaluate
 from training.evaluation.comparison import compare
 from training.evaluation.evaluate import main
 from training.evaluation.results import read_csv, write_csv
-
-CHECKOUT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from training.evaluation.intervals import mean_intervals
+from training.evaluation.intervals import mean_intervals, mean_of_known
 
 CASES = np.repeat(np.arange(5), (6, 8, 5, 5, 2))
 STRATA = [n == CASES for n in range(5)]
@@ -54,3 +54,9 @@ def test_without_anything_to_go_by():
     assert math.isnan(one.low) and math.isnan(one.high)
     assert alike == (0.5, 0.5, 0.5, 2)
     assert math.isnan(none.mean) and math.isnan(none.low) and none.count == 0
+
+
+def test_what_is_not_known_is_left_out_of_a_mean():
+    values = np.array([[1.0, np.nan, np.nan], [3.0, 4.0, np.nan]])
+    np.testing.assert_array_equal(mean_of_known(values, 0), [2, 4, np.nan])
+    np.testing.assert_array_equal(mean_of_known(values, 1), [1, 3.5])

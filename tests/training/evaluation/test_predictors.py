@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import CHECKOUT
 from tests.phantoms import challenge_case, write_npz
 from tests.training.evaluation.obedient import obedient
 from training.evaluation import baselines
@@ -26,8 +27,6 @@ from training.evaluation.predictors import (
     build_predictor,
 )
 from training.evaluation.protocol import official_row, run_case
-
-CHECKOUT = Path(__file__).resolve().parents[3]
 
 OBEDIENT = f"""
 import os

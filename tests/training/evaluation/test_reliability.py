@@ -16,8 +16,9 @@ from training.evaluation import recording
 from training.evaluation.label_map import LabelMap
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.recording import RecordedCase
-from training.evaluation.reliability import BINS, MEAN, count_case, main, reliability_rows
+from training.evaluation.reliability import BINS, count_case, main, reliability_rows
 from training.evaluation.results import read_csv
+from training.evaluation.summary import MEAN_OF_MODALITIES
 
 
 def _count(folder: Path, probability: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -59,8 +60,8 @@ def test_the_mean_of_modalities_counts_each_alike() -> None:
     few, many = np.zeros((3, BINS)), np.zeros((3, BINS))
     few[:, 9], many[:, 9] = (1, 0.9, 1.0), (100, 90, 50)
     rows = reliability_rows({"CT": few, "MR": many, "PET": np.zeros((3, BINS))})
-    assert {row["modality"] for row in rows} == {"CT", "MR", MEAN}
-    (mean,) = (r for r in rows if r["modality"] == MEAN and r["tenth"] == 9)
+    assert {row["modality"] for row in rows} == {"CT", "MR", MEAN_OF_MODALITIES}
+    (mean,) = (r for r in rows if r["modality"] == MEAN_OF_MODALITIES and r["tenth"] == 9)
     assert mean["frequency"] == pytest.approx(0.75)
 
 
