@@ -18,7 +18,8 @@ class MeanInterval(NamedTuple):
 
     Attributes:
         mean: NaN without a single value.
-        low, high: NaN where nothing tells how far single values lie apart.
+        low, high: NaN where nothing tells how far single values lie apart. Not held within the
+            range of a score: of two cases they may lie beyond 0 and 1.
         count: values that it is the mean of.
     """
 
