@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.logits import probability
 from inference.neighbours import pairs
-from inference.refinement import ObjectLogits
+from inference.refinement import SURE, ObjectLogits, hull
 
 _TENTHS = 10.0  # steps of the outline's uncertainty a millimetre
 
@@ -24,24 +23,23 @@ class Probabilities:
 
     def __init__(self, spacing_mm: tuple[float, float, float]) -> None:
         self._spacing_mm = spacing_mm
-        self._regions: dict[int, tuple[int, ...]] = {}
-        self._arrays: dict[str, NDArray[np.uint8]] = {}
+        self._noted: list[ObjectLogits] = []
+        self._outlines: dict[int, NDArray[np.uint8]] = {}
 
     def watch(self, results: Iterable[ObjectLogits]) -> Iterator[ObjectLogits]:
         """Note every object and pass it on; what was noted in an earlier attempt is forgotten."""
-        self._regions.clear()
-        self._arrays.clear()
+        self._noted.clear()
+        self._outlines.clear()
         for result in results:
             self._note(result)
             yield result
 
     def _note(self, result: ObjectLogits) -> None:
-        self._regions[result.label] = (result.label, *result.start, *result.stop)
-        of_255 = np.rint(255 * probability(result.logits)).astype(np.uint8)
-        self._arrays[f"probability_{result.label}"] = of_255
+        halved: NDArray[Any] = result.logits.astype(np.float16)  # all objects are held together
+        self._noted.append(ObjectLogits(result.label, result.start, halved))
         moves = outline_uncertainty_mm(result.logits, self._spacing_mm)
         tenths = np.minimum(np.ceil(moves * _TENTHS), 255).astype(np.uint8)
-        self._arrays[f"outline_{result.label}"] = tenths
+        self._outlines[result.label] = tenths
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Keys and arrays of an output file, ``segs`` apart.
@@ -49,20 +47,55 @@ class Probabilities:
         ``regions`` (N, 7) int32: label, then first and one past the last voxel (z, y, x) of the
         cut-out that the label's arrays cover; beyond it the probability is 0.
         ``probability_K`` (d, h, w) uint8, 255 for certain: class K as the network and the clicks
-        have it and intensities tell it from the others, before post-processing and before one of
-        several gets a voxel.
+        have it and intensities tell it from the others, one of several classes or none
+        (:func:`exclusive_probabilities`), before post-processing.
         ``outline_K`` (d, h, w) uint8: 0 but at the voxels on the inside of class K's outline,
         where it is how far the outline moves, in tenths of a millimetre, at least 1 and at most
         255, if the network's log-odds were one off.
         """
-        regions = [self._regions[label] for label in sorted(self._regions)]
+        noted = sorted(self._noted, key=lambda result: result.label)
+        regions = [(result.label, *result.start, *result.stop) for result in noted]
         arrays: dict[str, NDArray[Any]] = {
             "regions": np.array(regions, np.int32).reshape(-1, 7),
         }
-        for label in sorted(self._regions):
-            for kind in ("probability", "outline"):
-                arrays[f"{kind}_{label}"] = self._arrays[f"{kind}_{label}"]
+        for result, chances in zip(noted, exclusive_probabilities(noted), strict=True):
+            arrays[f"probability_{result.label}"] = np.rint(255 * chances).astype(np.uint8)
+            arrays[f"outline_{result.label}"] = self._outlines[result.label]
         return arrays
+
+
+def exclusive_probabilities(results: Sequence[ObjectLogits]) -> Iterator[NDArray[np.float32]]:
+    """Probabilities of objects of which a voxel has one or none.
+
+    Logits tell each object from its absence, whatever else is there, so where objects share a box
+    the logistic functions of several may be near 1. The product of these binary models, normalised
+    over what a voxel can be (Hinton 2002), gives an object of odds o the probability
+    o / (1 + sum of all odds). One object alone keeps what the logistic function gives.
+
+    Args:
+        results: all objects of a case, logits of any floating-point type.
+
+    Yields:
+        Of each (d, h, w) float32, 0..1. Clicked voxels are certain.
+    """
+    shown = [(result.start, result.stop) for result in results if result.logits.size]
+    if not shown:
+        yield from (np.zeros(result.logits.shape, np.float32) for result in results)
+        return
+    low, high = hull(shown)
+    total = np.zeros(np.subtract(high, low), np.float32)  # log-odds of none: 0
+    for result in results:
+        part = total[result.place_in(low)]
+        np.logaddexp(part, _certain(result.logits), out=part)
+    for result in results:
+        yield np.exp(_certain(result.logits) - total[result.place_in(low)])
+
+
+def _certain(logits: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Logits as float32, clicks beyond what any mask has."""
+    values = logits.astype(np.float32)
+    values[values > SURE] *= 2
+    return values
 
 
 def outline_uncertainty_mm(

@@ -307,8 +307,10 @@ def test_probabilities_are_saved_beside_the_label_map(stand_in, run, tmp_path):
     assert (arrays["segs"][:3] == 1).all()
     assert arrays["regions"].tolist() == [[1, 0, 0, 0, *SHAPE], [2, 0, 0, 0, *SHAPE]]
     assert arrays["probability_1"].dtype == np.uint8
-    assert (arrays["probability_1"][:3] == round(255 / (1 + np.exp(-1)))).all()
-    assert (arrays["probability_2"][:3] == round(255 / (1 + np.exp(3)))).all()
+    odds = np.exp([0.0, 1.0, -3.0])  # of none, of the first object, of the second
+    _, first, second = np.rint(255 * odds / odds.sum())
+    assert (arrays["probability_1"][:3] == first).all()
+    assert (arrays["probability_2"][:3] == second).all()
     # Two log-odds a slice of 2.5 mm: one log-odd is 1.25 mm, 13 tenths when rounded up.
     assert (arrays["outline_1"][2] == 13).all()
     assert not arrays["outline_1"][[0, 1, 3, 4, 5]].any()

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from inference.probabilities import Probabilities, outline_uncertainty_mm
+from inference.probabilities import (
+    Probabilities,
+    exclusive_probabilities,
+    outline_uncertainty_mm,
+)
 from inference.refinement import SURE, ObjectLogits
 
 
@@ -24,8 +28,8 @@ def test_a_ramp_moves_by_its_slope_in_mm(axis, slope):
 
 
 def test_flat_logits_are_as_unsure_as_can_be_and_nothing_overflows():
-    logits = np.full((4, 4, 4), 1e-6, np.float32)
-    logits[2:] = -1e-6
+    logits = np.full((4, 4, 4), 1e-4, np.float32)
+    logits[2:] = -1e-4
     collector = Probabilities((1.0, 1.0, 1.0))
     list(collector.watch([ObjectLogits(1, (0, 0, 0), logits)]))
     arrays = collector.arrays()
@@ -42,6 +46,47 @@ def test_clicks_are_certain():
     list(collector.watch([ObjectLogits(7, (0, 0, 0), logits)]))
     probability = collector.arrays()["probability_7"]
     assert (probability[1, 1, 1], probability[0, 0, 0]) == (255, 0)
+
+
+def test_an_object_alone_has_the_logistic_function_of_its_logits():
+    logits = np.linspace(-20, 20, 60, dtype=np.float32).reshape(3, 4, 5)
+    (found,) = exclusive_probabilities([ObjectLogits(3, (5, 6, 7), logits)])
+    assert found.dtype == np.float32
+    assert np.allclose(found, 1 / (1 + np.exp(-logits)), rtol=1e-4)
+
+
+def test_objects_share_a_voxel_with_each_other_and_with_none():
+    random = np.random.default_rng(0)
+    places = {1: ((0, 0, 0), (6, 7, 8)), 2: ((2, 1, 0), (4, 9, 5)), 3: ((20, 20, 20), (2, 2, 2))}
+    results = [
+        ObjectLogits(label, start, random.normal(0, 3, size).astype(np.float32))
+        for label, (start, size) in places.items()
+    ]
+    odds = np.zeros((3, 22, 22, 22))
+    for one, result in zip(odds, results, strict=True):
+        one[result.place] = np.exp(result.logits)
+    expected = odds / (1 + odds.sum(0))
+    for one, result, found in zip(expected, results, exclusive_probabilities(results), strict=True):
+        assert np.allclose(found, one[result.place], atol=1e-6)
+
+
+def test_a_click_takes_all_from_the_most_certain_mask():
+    sure = np.full((2, 3, 4), SURE, np.float32)
+    clicked = np.full((2, 3, 4), -SURE, np.float32)
+    clicked[1, 1, 1] = SURE + 1
+    mask, click = exclusive_probabilities(
+        [ObjectLogits(1, (4, 4, 4), sure), ObjectLogits(2, (4, 4, 4), clicked)]
+    )
+    assert (mask[1, 1, 1], click[1, 1, 1]) == pytest.approx((0, 1))
+    assert (mask[0, 0, 0], click[0, 0, 0]) == pytest.approx((1, 0))
+
+
+def test_objects_that_are_nowhere_change_nothing():
+    some = ObjectLogits(2, (1, 1, 1), np.ones((2, 2, 2), np.float32))
+    nothing, found = exclusive_probabilities([ObjectLogits.nothing(1), some])
+    assert nothing.size == 0 and np.allclose(found, 1 / (1 + np.exp(-1)))
+    (nothing,) = exclusive_probabilities([ObjectLogits.nothing(1)])
+    assert nothing.size == 0
 
 
 def test_a_second_attempt_replaces_the_first_and_objects_pass_through():

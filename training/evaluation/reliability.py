@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from inference.case import MAX_CLASSES
 from inference.model.weights import find_weights
+from inference.probabilities import exclusive_probabilities
 from training.evaluation.labelled_case import LabelledCase, load_labelled_case
 from training.evaluation.recording import RecordedCase, load_record, record_folder, restrict
 from training.evaluation.report import write_report
@@ -45,10 +46,11 @@ def count_case(record: RecordedCase, case: LabelledCase) -> NDArray[np.float64]:
     """
     total = np.zeros((3, BINS))
     for objects in record.rounds.values():
-        for _, result in objects:
+        results = [result for _, result in objects]
+        for result, chances in zip(results, exclusive_probabilities(results), strict=True):
             if not result.logits.size:
                 continue
-            probability = (1 + np.tanh(result.logits.ravel() / 2)) / 2
+            probability = chances.ravel()
             truth = (case.reference.voxels[result.place] == result.label).ravel()
             tenth = np.minimum((probability * BINS).astype(np.int64), BINS - 1)
             for row, weights in zip(total, (None, probability, truth), strict=True):
