@@ -232,13 +232,14 @@ def _box_maps(
         seeds = [position for position, positive in prompts.clicks if positive]
         if has_previous or not seeds:
             return nothing, nothing, nothing
-        squares = [
-            sum(
-                ((a - c) / (_SPHERE_RADIUS * n)) ** 2 for a, c, n in zip(axes, s, size, strict=True)
+        square = nothing + torch.inf
+        for seed in seeds:
+            dz, dy, dx = (
+                ((a - c) / (_SPHERE_RADIUS * n)) ** 2
+                for a, c, n in zip(axes, seed, size, strict=True)
             )
-            for s in seeds
-        ]
-        radius = torch.stack([torch.as_tensor(s) for s in squares]).amin(0).sqrt()
+            torch.minimum(square, (dz + dy) + dx, out=square)
+        radius = square.sqrt()
         prior = (_SPHERE_SLOPE * (1 - radius)).clamp(-_SPHERE_SLOPE, _SPHERE_SLOPE)
         return prior, nothing, nothing
     low, high = prompts.box

@@ -62,6 +62,18 @@ def test_the_box_is_positive_inside_and_zero_on_its_faces() -> None:
     assert seen["middle_slice"][7].abs().max() > 10 * seen["middle_slice"][15].abs().max()
 
 
+def test_without_a_box_and_a_mask_the_object_is_thought_to_be_about_its_positive_clicks() -> None:
+    first, second, other = (((4, 5, 6), True), ((12, 15, 20), True), ((8, 10, 12), False))
+    one, two, both = (
+        _channels(WindowPrompts(clicks=clicks))["ellipsoid"]
+        for clicks in ((first,), (second,), (first, other, second))
+    )
+    assert one.argmax() == torch.tensor((4 * 20 + 5) * 24 + 6) and one.max() > 0 > one.min()
+    assert torch.equal(both, torch.maximum(one, two)), "about the nearest one"
+    mask = torch.zeros(1, *SHAPE)
+    assert not _channels(WindowPrompts(clicks=(first,)), mask)["ellipsoid"].any()
+
+
 def test_the_previous_mask_is_signed_and_its_absence_is_zero() -> None:
     mask = torch.zeros(1, *SHAPE)
     mask[0, 2:9, 3:9, 3:9] = 1
