@@ -13,6 +13,8 @@ from training.evaluation.surface_dice import Spacing, find_surface, surface_dice
 
 TOLERANCE_MM = 2.0
 CLICK_ROUNDS = 5
+#: What the rounds of a case may take together, a class; where they take longer its scores are 0.
+SECONDS_PER_CLASS = 90
 # The challenge sets the NSD of a case to 0 where its mean DSC is not above this.
 _NSD_NEEDS_DSC = 0.2
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from inference.case import Case, parse_case
 from inference.finishing import DEFAULT, Finisher
 from inference.npz import NpzFile
+from training.evaluation.metrics import SECONDS_PER_CLASS
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -98,7 +102,11 @@ class Command:
         self._command = command
 
     def __call__(self, arrays: Arrays, name: str) -> Prediction:
-        """See :class:`Predictor`; only the process is timed, from its start to its end."""
+        """See :class:`Predictor`; only the process is timed, from its start to its end.
+
+        One that takes longer than all rounds of the case may is stopped: its scores are 0 by then.
+        """
+        limit = SECONDS_PER_CLASS * len(arrays["boxes" if "boxes" in arrays else "clicks"])
         with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
             inputs, outputs, log = (Path(folder, part) for part in ("inputs", "outputs", "log"))
             for place in (inputs, outputs):
@@ -110,8 +118,10 @@ class Command:
                 word.replace("{inputs}", str(inputs)).replace("{outputs}", str(outputs))
                 for word in shlex.split(self._command)
             ]
-            seconds, peak, status = self._run(words, log)
+            seconds, peak, status = self._run(words, log, limit)
             written = outputs / name
+            if not written.is_file() and seconds >= limit:
+                raise PredictionError(f"stopped after {seconds:.0f} s, no {name} written", seconds)
             if not written.is_file():
                 tail = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
                 raise PredictionError(f"exit status {status}, no {name} written: {tail}", seconds)
@@ -122,7 +132,7 @@ class Command:
                 raise PredictionError(f"output {name}: {error}", seconds) from error
             return Prediction(_checked(segs, arrays["imgs"].shape, seconds), seconds, peak)
 
-    def _run(self, words: list[str], log: Path) -> tuple[float, int | None, int]:
+    def _run(self, words: list[str], log: Path, limit: float) -> tuple[float, int | None, int]:
         """Seconds, peak resident bytes of the largest process, and exit status."""
         with log.open("wb") as output:
             started = time.perf_counter()
@@ -131,16 +141,26 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that what it starts ends with it
             )
+            alarm = threading.Timer(limit, self._stop, [process.pid])
+            alarm.start()
             try:
                 _, status, usage = os.wait4(process.pid, 0)
             except BaseException:
-                process.kill()
+                self._stop(process.pid)
                 process.wait()
                 raise
+            finally:
+                alarm.cancel()
             seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         return seconds, usage.ru_maxrss * 1024, process.returncode
+
+    def _stop(self, group: int) -> None:
+        """End a process and all it has started."""
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.killpg(group, signal.SIGKILL)
 
 
 class Image(Command):
@@ -148,17 +168,23 @@ class Image(Command):
 
     def __init__(self, image: str, *, gpu: bool) -> None:
         """Run ``image``, with the first GPU where there is one."""
+        self._name = f"evaluate-{uuid.uuid4().hex[:12]}"
         super().__init__(
             "docker container run "
             + ("--gpus device=0 " if gpu else "")
-            + f"-m 32G --name evaluate-{uuid.uuid4().hex[:12]} --rm "
+            + f"-m 32G --name {self._name} --rm "
             "-v {inputs}/:/workspace/inputs/ -v {outputs}/:/workspace/outputs/ "
             f'{shlex.quote(image)} /bin/bash -c "sh predict.sh"'
         )
 
-    def _run(self, words: list[str], log: Path) -> tuple[float, int | None, int]:
-        seconds, _, status = super()._run(words, log)
+    def _run(self, words: list[str], log: Path, limit: float) -> tuple[float, int | None, int]:
+        seconds, _, status = super()._run(words, log, limit)
         return seconds, None, status  # the client's memory says nothing about the container's
+
+    def _stop(self, group: int) -> None:
+        """End the container, which the client's end would not."""
+        subprocess.run(["docker", "container", "kill", self._name], capture_output=True)
+        super()._stop(group)
 
 
 def image_id(image: str) -> str:

@@ -23,12 +23,16 @@ from numpy.typing import NDArray
 from training.evaluation.clicks import next_click
 from training.evaluation.label_map import LabelMap
 from training.evaluation.labelled_case import LabelledCase
-from training.evaluation.metrics import CLICK_ROUNDS, area_under_curve, score
+from training.evaluation.metrics import (
+    CLICK_ROUNDS,
+    SECONDS_PER_CLASS,
+    area_under_curve,
+    score,
+)
 from training.evaluation.perturbation import EXACT, PromptVariant
 from training.evaluation.predictors import Arrays, PredictionError, Predictor
 
 ROUNDS = 1 + CLICK_ROUNDS
-SECONDS_PER_CLASS = 90
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from tests.conftest import CHECKOUT
 from tests.phantoms import challenge_case, write_npz
 from tests.training.evaluation.obedient import obedient
-from training.evaluation import baselines
+from training.evaluation import baselines, predictors
 from training.evaluation.baselines import BASELINES
 from training.evaluation.labelled_case import load_labelled_case
 from training.evaluation.predictors import (
@@ -134,6 +134,39 @@ def test_a_result_counts_whatever_the_exit_status(tmp_path, arrays):
     text = OBEDIENT + "\nsys.exit(1)\n"
     found = Command(script(tmp_path, text))(arrays, "CT_case.npz")
     assert found.segs.max() == 2
+
+
+def test_a_command_that_hangs_is_stopped_with_all_it_started(tmp_path, arrays, monkeypatch):
+    monkeypatch.setattr(predictors, "SECONDS_PER_CLASS", 1.5)
+    pids = tmp_path / "pids"
+    text = f"""
+        import os, subprocess
+        child = subprocess.Popen(["sleep", "60"])
+        open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+        child.wait()
+    """
+    with pytest.raises(PredictionError, match=r"stopped after \d+ s, no CT_case.npz") as failure:
+        Command(script(tmp_path, text))(arrays, "CT_case.npz")
+    assert 3 <= failure.value.seconds < 40, "1.5 s for each of two classes"
+    for pid in pids.read_text(encoding="utf-8").split():
+        status = Path("/proc", pid, "stat")  # an orphan waits for init to look at it
+        assert not status.exists() or ") Z " in status.read_text(encoding="utf-8")
+
+
+def test_a_container_that_hangs_is_killed_by_its_name(tmp_path, arrays, monkeypatch):
+    monkeypatch.setattr(predictors, "SECONDS_PER_CLASS", 0.5)
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/$2\n[ $2 = kill ] || exec sleep 60\n'
+    )
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(PredictionError, match="stopped after"):
+        Image("sammed3d:latest", gpu=False)(arrays, "CT_case.npz")
+    started, killed = (
+        (tmp_path / verb).read_text(encoding="utf-8").splitlines() for verb in ("run", "kill")
+    )
+    assert killed == ["container", "kill", started[started.index("--name") + 1]]
 
 
 def test_command_without_folders():
