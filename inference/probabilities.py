@@ -79,10 +79,7 @@ def exclusive_probabilities(results: Sequence[ObjectLogits]) -> Iterator[NDArray
         Of each (d, h, w) float32, 0..1. Clicked voxels are certain.
     """
     shown = [(result.start, result.stop) for result in results if result.logits.size]
-    if not shown:
-        yield from (np.zeros(result.logits.shape, np.float32) for result in results)
-        return
-    low, high = hull(shown)
+    low, high = hull(shown or [((0, 0, 0), (0, 0, 0))])
     total = np.zeros(np.subtract(high, low), np.float32)  # log-odds of none: 0
     for result in results:
         part = total[result.place_in(low)]

@@ -120,9 +120,11 @@ class Command:
             ]
             seconds, peak, status = self._run(words, log, limit)
             written = outputs / name
-            if not written.is_file() and seconds >= limit:
-                raise PredictionError(f"stopped after {seconds:.0f} s, no {name} written", seconds)
             if not written.is_file():
+                if seconds >= limit:
+                    raise PredictionError(
+                        f"stopped after {seconds:.0f} s, no {name} written", seconds
+                    )
                 tail = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
                 raise PredictionError(f"exit status {status}, no {name} written: {tail}", seconds)
             try:
