@@ -48,7 +48,7 @@ class Look:
         labels: (D, H, W) label map of the last round, or None.
         growths: how often the window has grown.
         resized: whether it was chosen anew for the size found.
-        coarse: SAM-Med3D's window and its logits there, or None.
+        sam: SAM-Med3D's window and its logits there, or None.
         logits: (D, H, W) in the window's grid, once the network has been asked.
         wider: the window before it was chosen anew for the size found, and its logits, or None.
     """
@@ -61,7 +61,7 @@ class Look:
     labels: NDArray[np.uint8] | None = None
     growths: int = 0
     resized: bool = False
-    coarse: tuple[Window, Tensor] | None = None
+    sam: tuple[Window, Tensor] | None = None
     logits: Tensor | None = None
     wider: tuple[Window, Tensor] | None = None
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from inference.appearance import with_intensity_evidence
 from inference.case import Box, Case, ObjectPrompts
-from inference.coarse import CoarseStage
 from inference.consensus import FLOOR, consensus
 from inference.geometry import Triple, Window
 from inference.look import BLURRING_CELL, Look
@@ -40,6 +39,7 @@ from inference.refinement import (
     to_voxels,
 )
 from inference.resampling import transfer, window_cells
+from inference.sam_stage import SamStage
 from inference.second_pass import FIRST_PASS, boundary_tiles, second_window, tile_edge
 from inference.sliding_window import Tile, sliding_window
 
@@ -59,8 +59,8 @@ class Segmenter:
     """Prompted segmentation of one image at a time.
 
     Args:
-        refiner: trained network in evaluation mode, or None for the coarse stage alone.
-        coarse: SAM-Med3D in its windows, or None for the refiner alone.
+        refiner: trained network in evaluation mode, or None for SAM-Med3D alone.
+        sam: SAM-Med3D in its windows, or None for the refiner alone.
         device: where to compute.
         unboxed: another refiner for objects without a box, or None for the same.
 
@@ -75,17 +75,17 @@ class Segmenter:
     def __init__(
         self,
         refiner: Refiner | None,
-        coarse: CoarseStage | None = None,
+        sam: SamStage | None = None,
         device: torch.device | str = "cpu",
         unboxed: Refiner | None = None,
     ) -> None:
         """Take the networks; no image is set."""
-        if refiner is None and coarse is None:
+        if refiner is None and sam is None:
             raise ValueError("neither a refiner nor SAM-Med3D given; accepted: one or both")
         self.device = self.used_device = torch.device(device)
         self._refiner = None if refiner is None else placed(refiner, self.device)
         self._unboxed = self._refiner if unboxed is None else placed(unboxed, self.device)
-        self._coarse = coarse
+        self._sam = sam
         self._image: NDArray[np.generic] | None = None
         self._spacing_mm = (1.0, 1.0, 1.0)
 
@@ -129,8 +129,8 @@ class Segmenter:
         self.device = device
         for refiner in self._refiners:
             refiner.to(device)
-        if self._coarse is not None:
-            self._coarse.to(device)
+        if self._sam is not None:
+            self._sam.to(device)
 
     def _return(self, device: torch.device) -> None:
         """Move back to the GPU; stay on the CPU where others have taken its memory meanwhile."""
@@ -201,14 +201,14 @@ class Segmenter:
         elsewhere = [place for label, place in clicks if label != prompts.label]
         others = [box for label, box in boxes if label != prompts.label]
         looks = [Look(prompts, w, before, elsewhere, others, previous) for w in windows]
-        if self._coarse is not None:
-            window = self._coarse.window(windows[0], self._spacing_mm)
+        if self._sam is not None:
+            window = self._sam.window(windows[0], self._spacing_mm)
             mask = looks[0].mask_in(window, self.device)
-            logits = self._coarse.logits(self._cells(window), window, prompts, mask)
+            logits = self._sam.logits(self._cells(window), window, prompts, mask)
             if refiner is None:
                 return [Look(prompts, window, before, logits=logits)]
             for look in looks:
-                look.coarse = window, logits
+                look.sam = window, logits
         return looks
 
     def _asks(self, prompts: ObjectPrompts) -> Refiner | None:
@@ -264,8 +264,8 @@ class Segmenter:
         masks, known = torch.zeros_like(images), []
         for i, look in enumerate(looks):
             mask = look.mask_in(look.window, self.device)
-            if mask is None and look.coarse is not None:
-                source, logits = look.coarse
+            if mask is None and look.sam is not None:
+                source, logits = look.sam
                 seen = transfer(logits[None], source, look.window, fill=-6.0) > 0
                 mask = seen * self._inside(look.window) if bool(seen.any()) else None
             known.append(mask is not None)
@@ -365,7 +365,7 @@ class Segmenter:
 
         Args:
             weights: our bundle; by default the one in the weights folder.
-            sam: a SAM-Med3D checkpoint for the coarse stage; it goes before the bundle's own.
+            sam: a SAM-Med3D checkpoint; it goes before the bundle's own.
             refiner: False for SAM-Med3D alone.
             device: ``auto`` (CUDA where there is one that computes), ``cpu`` or ``cuda``.
 
@@ -377,16 +377,16 @@ class Segmenter:
         if place.type == "cpu":
             keep_freed_memory()
         bundle = weights if weights or (sam and not refiner) else find_weights()
-        network = unboxed = coarse = None
+        network = unboxed = stage = None
         if refiner and bundle is not None:
             network, unboxed = load_refiners(bundle)
         if sam is None and bundle is not None and "sam" in read_metadata(bundle):
             sam = bundle
         if sam is not None:
-            coarse = CoarseStage(load_sam_med3d(sam), place)
+            stage = SamStage(load_sam_med3d(sam), place)
         elif not refiner:
             raise ValueError(
                 f"refiner off, but {bundle} holds no SAM-Med3D; accepted: a bundle with one, or a "
                 "SAM-Med3D checkpoint beside it"
             )
-        return cls(network, coarse, place, unboxed)
+        return cls(network, stage, place, unboxed)

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from inference.case import Box, Case, Click, ObjectPrompts, load_case
-from inference.coarse import CoarseStage
 from inference.model.refiner import Refiner, RefinerConfig
 from inference.model.sam_med3d import SamMed3DConfig, build_sam_med3d
 from inference.precision import choose_device
 from inference.predict import main as predict
+from inference.sam_stage import SamStage
 from inference.segmenter import Segmenter
 from tests.phantoms import challenge_case, write_npz
 from tests.pretend_cuda import PretendCuda, pretend_cuda
@@ -67,10 +67,10 @@ def _case(objects: int = 3, boxes: bool = True) -> Case:
     return Case("blocks.npz", image.clip(0, 255).astype(np.uint8), (2.0, 1.0, 1.0), tuple(prompts))
 
 
-def _segmenter(device: str, coarse: bool = False) -> Segmenter:
+def _segmenter(device: str, both: bool = False) -> Segmenter:
     torch.manual_seed(0)
     refiner = Refiner(REFINER)
-    sam = CoarseStage(build_sam_med3d(SAM).eval(), torch.device(device)) if coarse else None
+    sam = SamStage(build_sam_med3d(SAM).eval(), torch.device(device)) if both else None
     return Segmenter(refiner, sam, device)
 
 
@@ -111,10 +111,10 @@ def test_so_they_do_on_a_card_without_bfloat16(
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("boxes", [True, False], ids=["boxes", "clicks"])
-@pytest.mark.parametrize("coarse", [False, True], ids=["refiner", "both"])
-def test_every_way_through_the_engine_works(boxes: bool, coarse: bool) -> None:
+@pytest.mark.parametrize("both", [False, True], ids=["refiner", "both"])
+def test_every_way_through_the_engine_works(boxes: bool, both: bool) -> None:
     case = _case(3 if boxes else 2, boxes)
-    here, there = _segmenter("cpu", coarse), _segmenter("cuda", coarse)
+    here, there = _segmenter("cpu", both), _segmenter("cuda", both)
     _agree(there.segment_case(case), here.segment_case(case))
     again = dataclasses.replace(case, previous=here.segment_case(case))
     _agree(there.segment_case(again), here.segment_case(again))
@@ -125,7 +125,7 @@ def test_sam_med3d_alone() -> None:
     torch.manual_seed(0)
     model = build_sam_med3d(SAM).eval()
     for device in ("cpu", "cuda"):
-        labels = Segmenter(None, CoarseStage(model, torch.device(device)), device).segment_case(
+        labels = Segmenter(None, SamStage(model, torch.device(device)), device).segment_case(
             _case()
         )
         assert labels.any(), device
@@ -155,8 +155,8 @@ def test_smaller_batches_where_memory_runs_out(pretended: PretendCuda) -> None:
 def test_a_case_too_large_for_the_gpu_is_computed_on_the_cpu(
     pretended: PretendCuda, said: str | None
 ) -> None:
-    case, segmenter = _case(), _segmenter("cuda", coarse=True)
-    expected = _segmenter("cpu", coarse=True).segment_case(case)
+    case, segmenter = _case(), _segmenter("cuda", both=True)
+    expected = _segmenter("cpu", both=True).segment_case(case)
     if said is None:
         pretended.room = 0
     else:

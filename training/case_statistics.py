@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from inference.case import modality_of
-from inference.coarse import CoarseStage
 from inference.geometry import window_around
 from inference.model.sam_med3d import SamMed3D, load_sam_med3d
 from inference.npz import NpzFile
 from inference.precision import choose_device
 from inference.refinement import BOX_SCALE
 from inference.resampling import window_cells
+from inference.sam_stage import SamStage
 from training.augmentation import masked_z_scores
 from training.manifest import case_files, read_structures
 from training.volumes import SMALLEST_OBJECT, checked
@@ -103,7 +103,7 @@ def describe_folder(
     named = [names.get(path.name, {}) for path in paths]
     if embeddings is not None:
         model = load_sam_med3d(embeddings)
-        stage = CoarseStage(model, choose_device(device))
+        stage = SamStage(model, choose_device(device))
         embedder = functools.partial(embed, model, stage)
         cases = [
             _describe(path, of_case, embedder) for path, of_case in zip(paths, named, strict=True)
@@ -199,7 +199,7 @@ def statistics(
 
 def embed(
     model: SamMed3D,
-    stage: CoarseStage,
+    stage: SamStage,
     image: NDArray[np.generic],
     mask: NDArray[np.bool_],
     place: Sequence[slice],

@@ -65,7 +65,7 @@ class Batch:
 class Pool:
     """Objects in places, each one round further at every turn.
 
-    A turn of a row of places is :meth:`first_look`, :meth:`batch` and :meth:`advance`, in this
+    A turn of a row of places is :meth:`first_pass`, :meth:`batch` and :meth:`advance`, in this
     order; what the network says in between comes from whoever has the network. The next click
     comes from what it says, and an object leaves after its last round or once it is perfect. All
     chance follows from the seed, the window's number and the round.
@@ -88,7 +88,7 @@ class Pool:
         self._first: dict[int, Tensor] = {}  # logits in first windows, by the windows' numbers
         self._shape = torch.empty(0)
 
-    def first_look(self, row: Sequence[int], edge: int, dice: Mapping[str, float]) -> Tensor | None:
+    def first_pass(self, row: Sequence[int], edge: int, dice: Mapping[str, float]) -> Tensor | None:
         """Begin a turn: the input for the first windows of those that are close looks.
 
         Args:
@@ -113,7 +113,7 @@ class Pool:
         """The turn's round.
 
         Args:
-            first: (n, D, H, W) float32, what the network says to :meth:`first_look`.
+            first: (n, D, H, W) float32, what the network says to :meth:`first_pass`.
         """
         close = [p.number for p in self._turn if p.sample.around is not None]
         self._first = {} if first is None else dict(zip(close, first, strict=True))

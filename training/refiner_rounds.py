@@ -70,7 +70,7 @@ class RefinerRounds:
             device = next(self._network.parameters()).device
             batch = objects.batch(edge, dice, self._predict, device)
         else:
-            first = objects.first_look(self._slots[part], edge, dice)
+            first = objects.first_pass(self._slots[part], edge, dice)
             batch = objects.batch(None if first is None else self._predict(first))
         loss, logits = self._round(batch)
         for score in objects.advance(logits):

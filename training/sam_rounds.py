@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inference.coarse import MASK_LOGIT
 from inference.model.sam_med3d import SamMed3D
 from inference.resampling import resample
+from inference.sam_stage import MASK_LOGIT
 from training.augmentation import masked_z_scores
 from training.click_simulation import next_clicks
 from training.config import Config

@@ -7,8 +7,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from inference.coarse import PUBLIC_MARGIN, PUBLIC_SPACING_MM
 from inference.geometry import Triple, Window, window_around
+from inference.sam_stage import PUBLIC_MARGIN, PUBLIC_SPACING_MM
 from training.box_padding import box_padding
 from training.volumes import LabelledVolume, Point, TrainingObject
 
@@ -138,7 +138,7 @@ def first_look(view: View, edge: int, rng: np.random.Generator) -> Window:
 def public_window(view: View, edge: int) -> Window:
     """The cube at 1.5 mm about the object that public SAM-Med3D checkpoints see.
 
-    Of an object too large for it, a coarser cube, as ``inference/coarse.py`` chooses it.
+    Of an object too large for it, a coarser cube, as ``inference/sam_stage.py`` chooses it.
     """
     cube = max(PUBLIC_SPACING_MM * edge, PUBLIC_MARGIN * max(view.size_mm))
     start, stop = [], []

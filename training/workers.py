@@ -285,7 +285,7 @@ def _turns(pipe: Connection, shared: _Shared, pool: Pool) -> None:
         if what == "said":
             scores = pool.advance(shared.answer(len(row), before).clone())
         before = edge
-        first = pool.first_look(row, edge, dice)
+        first = pool.first_pass(row, edge, dice)
         logits = None
         if first is not None:
             shared.input(len(first), edge).copy_(first)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from inference.coarse import _normalise
 from inference.model.refiner import CHANNELS
 from inference.refinement import BOX_ALONE
+from inference.sam_stage import _normalise
 from tests.training.balls import TINY_SAM, config, pool_of
 from training.augmentation import Chance, change_intensities, masked_z_scores, perturb_mask
 from training.dataset import Sample, WindowDataset
@@ -369,7 +369,7 @@ def test_intensities_are_left_alone_where_nothing_is_to_change(folder: Path) -> 
     assert changed.isfinite().all() and float(changed.max()) < 5
 
 
-def test_z_scores_are_those_of_the_coarse_stage() -> None:
+def test_z_scores_are_those_of_the_sam_stage() -> None:
     images = torch.rand(3, 8, 8, 8) * 100 - 40
     images[1] = -images[1].abs()  # nothing above 0
     images[2] = 7.0

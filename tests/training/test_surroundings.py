@@ -137,7 +137,7 @@ def test_a_close_look_leaves_the_mean_of_both_passes(folder: Path) -> None:
     """Two parts of the second and one of the first, as in inference."""
     for first, second, found in ((3.0, -1.0, True), (1.0, -1.0, False), (-3.0, 1.0, False)):
         rounds, _, _ = _start(folder)
-        pool_of(rounds).first_look(_ROW, 16, {})
+        pool_of(rounds).first_pass(_ROW, 16, {})
         batch = pool_of(rounds).batch(torch.full((8, 16, 16, 16), first - 3 * BOX_ALONE))
         pool_of(rounds).advance(torch.full((8, 16, 16, 16), second).masked_fill(batch.beyond, -20))
         for slot in _ROW:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from inference.coarse import CoarseStage
 from inference.geometry import Window, window_around
 from inference.model.sam_med3d import SamMed3D
 from inference.resampling import window_cells
+from inference.sam_stage import SamStage
 from tests.training.balls import TINY_SAM, config, write_balls
 from training.click_simulation import challenge_box
 from training.losses import dice_score
@@ -339,10 +339,10 @@ def test_a_modality_without_weight_is_an_error(tmp_path: Path) -> None:
         Planner(store, config(modality_weights=[["MR", 1.0]]))
 
 
-def test_public_windows_are_those_of_the_coarse_stage(store: VolumeStore) -> None:
+def test_public_windows_are_those_of_the_sam_stage(store: VolumeStore) -> None:
     """The same cube at 1.5 mm; a coarser one where the object is large."""
     settings = config(network="sam_med3d", sam=TINY_SAM, **STILL)
-    stage = CoarseStage(SamMed3D(settings.sam), torch.device("cpu"))
+    stage = SamStage(SamMed3D(settings.sam), torch.device("cpu"))
     planner = Planner(store, settings)
     for i in range(12):
         plan = planner.plan(i, np.random.default_rng(i), 32)

@@ -1,4 +1,4 @@
-"""SAM-Med3D as the coarse stage: its windows, its prompts, and the whole way through predict.sh."""
+"""SAM-Med3D before the refiner: its windows, its prompts, and the whole way through predict.sh."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from inference.case import Box, Click, ObjectPrompts
-from inference.coarse import CoarseStage
 from inference.geometry import Window
 from inference.model.refiner import Refiner, RefinerConfig
 from inference.model.sam_med3d import SamMed3D, SamMed3DConfig, build_sam_med3d
 from inference.model.weights import save_weights
 from inference.resampling import resample, transfer
+from inference.sam_stage import SamStage
 from inference.segmenter import Segmenter
 from tests.phantoms import challenge_case, write_npz
 
@@ -36,7 +36,7 @@ def _sam(windows: str = "1.5mm", patch_size: int = 16) -> SamMed3D:
 
 
 def test_public_windows_are_cubes_of_one_and_a_half_millimetres() -> None:
-    stage = CoarseStage(_sam(), torch.device("cpu"))
+    stage = SamStage(_sam(), torch.device("cpu"))
     region = Window((10, 20, 30), (14, 24, 34), (64, 64, 64))
     window = stage.window(region, (3.0, 1.5, 0.75))
     assert window.shape == (32, 32, 32)
@@ -45,7 +45,7 @@ def test_public_windows_are_cubes_of_one_and_a_half_millimetres() -> None:
 
 
 def test_an_object_too_large_for_them_is_not_cut() -> None:
-    stage = CoarseStage(_sam(), torch.device("cpu"))
+    stage = SamStage(_sam(), torch.device("cpu"))
     region = Window((0, 0, 0), (180, 90, 90), (64, 64, 64))  # 1.8 x an object of 100 mm
     window = stage.window(region, (1.0, 1.0, 1.0))
     assert min(window.size) >= 100
@@ -53,7 +53,7 @@ def test_an_object_too_large_for_them_is_not_cut() -> None:
 
 
 def test_box_windows_are_the_region_itself() -> None:
-    stage = CoarseStage(_sam("box"), torch.device("cpu"))
+    stage = SamStage(_sam("box"), torch.device("cpu"))
     region = Window((1, 2, 3), (50, 70, 30), (64, 64, 64))
     assert stage.window(region, (3.0, 2.0, 1.0)) == Window(region.start, region.stop, (32, 32, 32))
 
@@ -61,7 +61,7 @@ def test_box_windows_are_the_region_itself() -> None:
 @pytest.mark.parametrize(("windows", "patch_size"), [("1.5mm", 16), ("box", 16), ("box", 8)])
 def test_every_prompt_reaches_the_network(windows: str, patch_size: int) -> None:
     """Each kind of prompt changes the logits; asking twice does not."""
-    stage = CoarseStage(_sam(windows, patch_size), torch.device("cpu"))
+    stage = SamStage(_sam(windows, patch_size), torch.device("cpu"))
     window = Window((0, 0, 0), (32, 32, 32), (32, 32, 32))
     image = torch.rand(1, 32, 32, 32) * 255
     box = Box((8, 8, 8), (20, 22, 24), 14)
@@ -98,14 +98,14 @@ def test_logits_move_between_windows() -> None:
     assert (transfer(values, source, outside, -6.0) == -6).all()
 
 
-def test_the_refiner_hears_the_coarse_stage() -> None:
+def test_the_refiner_hears_the_sam_stage() -> None:
     """In place of a missing mask."""
     torch.manual_seed(0)
     refiner = Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32))
     torch.nn.init.normal_(refiner.head.weight, std=0.1)
     image = np.random.default_rng(0).integers(0, 255, (40, 40, 40), dtype=np.uint8)
     said = []
-    for stage in (None, CoarseStage(_sam("box"), torch.device("cpu"))):
+    for stage in (None, SamStage(_sam("box"), torch.device("cpu"))):
         segmenter = Segmenter(refiner, stage)
         segmenter.set_image(image, (1.0, 1.0, 1.0))
         (result,) = segmenter.segment([ObjectPrompts(1, Box((8, 8, 8), (30, 30, 30), 18))])

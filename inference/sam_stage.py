@@ -1,4 +1,4 @@
-"""The coarse stage: SAM-Med3D in a window about the object."""
+"""The first of two networks: SAM-Med3D in a window about the object."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUBLIC_MARGIN = 1.2
 MASK_LOGIT = 6.0
 
 
-class CoarseStage:
+class SamStage:
     """SAM-Med3D with the windows it was trained on: its configuration says which.
 
     Args:
@@ -90,10 +90,10 @@ class CoarseStage:
             masks = (MASK_LOGIT * (2 * small - 1))[None]
         with torch.inference_mode(), autocast(image.device):
             embedding = self._model.encode_image(_normalise(image)[None])
-            coarse, _ = self._model.decode(
+            low, _ = self._model.decode(
                 embedding, points if places else None, boxes=boxes, masks=masks
             )
-        return resample(coarse[:, 0].float(), self.shape)[0]
+        return resample(low[:, 0].float(), self.shape)[0]
 
 
 def _normalise(image: Tensor) -> Tensor:
