@@ -34,7 +34,7 @@ from training.evaluation.metrics import CLICK_ROUNDS
 from training.evaluation.perturbation import EXACT, PromptVariant
 from training.evaluation.predictors import InProcess
 from training.evaluation.protocol import run_case
-from training.manifest import case_files
+from training.manifest import case_files, read_structures
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ def record_folder(
         The records.
 
     Raises:
-        ValueError: no case, one that cannot be recorded, or a number out of range.
+        ValueError: no case, a manifest that is none, a number out of range; cases that cannot be
+            recorded, each named on stderr: the others are by then.
         OSError: a file cannot be read or written.
     """
     _check("objects", objects, 1, MAX_CLASSES)
@@ -196,11 +197,12 @@ def record_folder(
     paths = case_files(cases)
     if not paths:
         raise ValueError(f"cases folder {cases}: no .npz file")
+    read_structures(cases)  # or each case would tell what is wrong with it
     if per_modality is not None:
         paths = choose_cases(paths, per_modality)
     variant = PromptVariant("recorded", click_rounds=click_rounds)
     segmenter: Segmenter | None = None
-    records = []
+    records, refused = [], 0
     for index, path in enumerate(paths):
         record = folder / path.name
         records.append(record)
@@ -208,11 +210,21 @@ def record_folder(
             continue
         segmenter = segmenter or Segmenter.from_files(weights)
         boxes = without_boxes_every is None or index % without_boxes_every != 0
-        case = load_labelled_case(path, boxes=boxes)
-        labels = choose_labels(case, objects)
-        recorded = record_case(restrict(case, labels), segmenter, variant)
+        try:
+            case = load_labelled_case(path, boxes=boxes)
+            labels = choose_labels(case, objects)
+            recorded = record_case(restrict(case, labels), segmenter, variant)
+        except (ValueError, OSError) as error:  # what has been recorded of others need not be made again
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            refused += 1
+            continue
         save_record(record, replace(recorded, labels=tuple(labels)))
         print(f"{index + 1}/{len(paths)} {path.name}: {len(labels)} objects", flush=True)
+    if refused:
+        raise ValueError(
+            f"cases folder {cases}: {refused} of {len(paths)} cases cannot be recorded; accepted: a "
+            "folder without them, for which the records of the others are kept"
+        )
     return records
 
 

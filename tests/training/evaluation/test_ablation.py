@@ -290,6 +290,26 @@ def test_records_of_another_engine_are_not_reused(folder, tmp_path, monkeypatch)
     assert not {*before} & {*record()}
 
 
+def test_a_bad_case_does_not_keep_others_from_being_recorded(folder, tmp_path, monkeypatch, capsys):
+    cases = shutil.copytree(folder, tmp_path / "cases")
+    (cases / "CT_a.npz").write_bytes(b"no archive")
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"stand-in")
+    monkeypatch.setattr(recording.Segmenter, "from_files", lambda _: StandIn())
+
+    def record():
+        return record_folder(cases, tmp_path / "out", weights=weights, objects=1, click_rounds=0)
+
+    good = sorted(path.name for path in folder.glob("*.npz"))
+    with pytest.raises(ValueError, match=f"1 of {len(good) + 1} cases cannot be recorded"):
+        record()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: CT_a.npz: ")
+    (cases / "CT_a.npz").unlink()
+    monkeypatch.setattr(recording.Segmenter, "from_files", no_engine)
+    assert [path.name for path in record()] == good
+
+
 def test_a_folder_without_cases_is_refused(tmp_path, capsys):
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"stand-in")
