@@ -214,7 +214,7 @@ def record_folder(
             case = load_labelled_case(path, boxes=boxes)
             labels = choose_labels(case, objects)
             recorded = record_case(restrict(case, labels), segmenter, variant)
-        except (ValueError, OSError) as error:  # what has been recorded of others need not be made again
+        except (ValueError, OSError) as error:  # the others' records are kept for the next time
             print(f"error: {error}", file=sys.stderr, flush=True)
             refused += 1
             continue
@@ -222,8 +222,8 @@ def record_folder(
         print(f"{index + 1}/{len(paths)} {path.name}: {len(labels)} objects", flush=True)
     if refused:
         raise ValueError(
-            f"cases folder {cases}: {refused} of {len(paths)} cases cannot be recorded; accepted: a "
-            "folder without them, for which the records of the others are kept"
+            f"cases folder {cases}: {refused} of {len(paths)} cases cannot be recorded; the others "
+            "are. Accepted: the folder once these are mended or removed"
         )
     return records
 
