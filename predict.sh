@@ -2,7 +2,8 @@
 # Segments every case of a folder: sh predict.sh [--inputs DIR] [--outputs DIR] ...
 # Works from any folder: the code is found beside this file, relative arguments are the caller's.
 # PYTHON names the interpreter; without it the checkout's own .venv is used where there is one.
-here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P) || exit 2
+file=$(readlink -f -- "$0") 2>/dev/null || file=$0 # a link to it may lie elsewhere
+here=$(CDPATH='' cd -- "$(dirname -- "$file")" && pwd -P) || exit 2
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python
     command -v python >/dev/null || PYTHON=python3

@@ -71,7 +71,7 @@ def _weighed(
     high: tuple[int, int, int],
 ) -> Iterator[ObjectLogits]:
     region = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    D, H, W = case.image.shape
+    D, H, W = (b - a for a, b in zip(low, high, strict=True))
     trusts = {o.label: _trust(o.box is not None, len(o.clicks)) for o in case.objects}
     bins = _binned(case.image[region])
     places = {
@@ -79,7 +79,7 @@ def _weighed(
         for o in case.objects
     }
     clicked = {label: _clicked(some, bins) for label, some in places.items()}
-    counts = _histograms(merge(held, (D, H, W))[region], bins)
+    counts = _histograms(merge((_seen_from(low, one) for one in held), (D, H, W)), bins)
     ratios, contrast = _log_ratios(counts, clicked), _contrast(counts)
     for one in held:
         trust = trusts[one.label] * contrast
@@ -87,8 +87,17 @@ def _weighed(
             yield one
             continue
         evidence = trust * _evidence(ratios[one.label], bins[one.place_in(low)])
-        evidence[np.abs(one.logits) > SURE] = 0
-        yield ObjectLogits(one.label, one.start, one.logits + evidence)
+        free = np.abs(one.logits) <= SURE  # beyond are clicks, and nothing else may get there
+        logits = np.where(free, np.clip(one.logits + evidence, -SURE, SURE), one.logits)
+        yield ObjectLogits(one.label, one.start, logits)
+
+
+def _seen_from(low: tuple[int, int, int], one: ObjectLogits) -> ObjectLogits:
+    """The same object in an image that begins at a voxel of this one."""
+    if not one.logits.size:
+        return one
+    z, y, x = (a - b for a, b in zip(one.start, low, strict=True))
+    return ObjectLogits(one.label, (z, y, x), one.logits)
 
 
 def intensity_log_odds(

@@ -203,10 +203,10 @@ class _Reader:
         if stored.shape != shape:
             self.notes.append(f"prev_pred has shape {stored.shape}, imgs has {shape}: left out.")
             return None
-        labels = stored if stored.dtype.kind == "u" else stored.astype(np.float64)
+        labels = stored if stored.dtype.kind in "bui" else stored.astype(np.float64)
         with np.errstate(invalid="ignore"):
             inside = labels.min() >= 0 and labels.max() <= classes
-            whole = labels.dtype.kind == "u" or np.array_equal(labels, np.rint(labels))
+            whole = labels.dtype.kind in "bui" or np.array_equal(labels, np.rint(labels))
         if inside and whole:
             return np.ascontiguousarray(stored, np.uint8)
         good = (labels >= 0) & (labels <= classes) & (labels == np.rint(labels))

@@ -95,13 +95,14 @@ class Pool:
         self._started = 0
         self._failed_starts = 0
         self._told_waiting = False
+        self._worked = False
         self.failed = 0
 
     def run(self, paths: Sequence[Path]) -> None:
         """Segment cases; prints a line for each, and counts the failed ones in ``failed``.
 
         Raises:
-            StartError: no worker can start.
+            StartError: no worker can start, and none has.
         """
         self._waiting = [_Job(path) for path in paths]
         for _ in range(min(self._options.workers, len(paths))):
@@ -136,6 +137,7 @@ class Pool:
             if job is not None:
                 self._waiting.remove(job)
                 self._idle.remove(number)
+                self._worked = True
                 self._calls[self._workers[number].segment.remote(job.path)] = number, job
 
     def _may_try(self, number: int, job: _Job) -> bool:
@@ -163,12 +165,21 @@ class Pool:
             if self._failed_starts < self._options.attempts:
                 self._start()
             elif not self._workers:
-                raise StartError(f"no worker can start: {_reason(error)}") from error
+                self._give_up(StartError(f"no worker can start: {_reason(error)}"))
         else:
             self._idle.add(number)
             self._failed_starts = 0
             if job is not None:
                 write_line(line, sys.stdout)
+
+    def _give_up(self, error: StartError) -> None:
+        """What waits has failed; where nothing has been tried, nothing could start."""
+        if not self._worked:
+            raise error
+        for job in self._waiting:
+            self.failed += 1
+            write_line(f"error: {in_one_line(job.path, error)}", sys.stderr)
+        self._waiting = []
 
     def _fail(self, job: _Job, number: int, error: Exception, final: bool = False) -> None:
         job.failed_by.append(number)

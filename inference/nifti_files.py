@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from inference.nifti_header import check_whole, copy_transforms
+from inference.tiff_pages import check_pages
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
 #: What is written: formats that keep 8-bit labels, spacing, origin and direction.
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".img", ".img.gz")
+#: Of these ITK reads a truncated file without an error, its rest being whatever memory held.
+_UNCHECKED = (".vtk", ".gipl", ".gipl.gz")
 _UNEVEN = 0.05  # of the distance of slices, also sideways
 
 
@@ -43,11 +46,20 @@ def read_volume(path: Path | str, series: str | None = None) -> sitk.Image:
     except UnicodeEncodeError:
         name = os.fsencode(path).decode("utf-8", "backslashreplace")
         raise ValueError(f"{name}: accepted: names in UTF-8") from None
+    if path.name.lower().endswith(_UNCHECKED):
+        raise ValueError(
+            f"{path}: nothing tells whether such a file is whole; accepted: NIfTI, NRRD, MetaImage "
+            "and others that SimpleITK reads"
+        )
     check_whole(path)
+    if path.name.lower().endswith((".tif", ".tiff")):
+        check_pages(path)
     try:
         image = _read_series(path, series) if path.is_dir() else _read_file(path)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        # The last line about the file: some formats add the system's last error, whatever it was.
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((k for k in reversed(lines) if k and not k.startswith("Reason:")), "")
         raise ValueError(f"{path}: cannot be read as an image ({reason})") from None
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
@@ -63,14 +75,37 @@ def read_volume(path: Path | str, series: str | None = None) -> sitk.Image:
 def check_output(out: Path, image: Path) -> None:
     """Refuse a file that would lose the result, or that the result was made from.
 
+    Some formats are two files of one name, and where ``.nii`` and ``.nii.gz`` of one name lie side
+    by side ITK takes the header of one and the voxels of the other.
+
     Raises:
-        ValueError: its ending is none of :data:`ENDINGS`, or it is ``image``.
+        ValueError: its ending is none of :data:`ENDINGS`, it is ``image``, or has the name of it
+            or of another NIfTI file but for the ending.
         OSError: one of them cannot be looked at.
     """
-    if not out.name.lower().endswith(ENDINGS):
+    stem = _stem(out, ENDINGS)
+    if stem is None:
         raise ValueError(f"{out}: accepted: a name ending in {', '.join(ENDINGS)}")
     if out.exists() and out.samefile(image):
         raise ValueError(f"{out} is the image itself, which the result would replace")
+    beside = image.is_file() and image.parent.resolve() == out.parent.resolve()
+    twin = {".nii": ".nii.gz", ".nii.gz": ".nii"}.get(out.name[len(stem) :].lower())
+    clash = None
+    if beside and _stem(image, (".hdr.gz", *ENDINGS)) == stem:
+        clash = image
+    elif twin is not None and out.with_name(stem + twin).exists():
+        clash = out.with_name(stem + twin)
+    if clash is not None:
+        raise ValueError(
+            f"{out}: beside {clash}, and what has one name but for its ending is read as one "
+            "image; accepted: another name"
+        )
+
+
+def _stem(path: Path, endings: Sequence[str]) -> str | None:
+    """A file's name without the one of these endings that it has; None without any."""
+    name = path.name.lower()
+    return next((path.name[: -len(end)] for end in endings if name.endswith(end)), None)
 
 
 def write_volume(image: sitk.Image, out: Path, source: Path) -> None:

@@ -26,6 +26,7 @@ _FIELDS = {
 #: NIfTI-1 alone, since ITK reads and writes no other.
 _TRANSFORMS = {348: ((76, "8f"), (123, "b"), (252, "2h"), (256, "6f"), (280, "12f"))}
 _ENDINGS = (".nii", ".nii.gz")
+_PAIR = (".hdr", ".img", ".hdr.gz", ".img.gz")
 _LARGEST_HEADER = max(_FIELDS)
 
 
@@ -33,8 +34,8 @@ def check_whole(path: Path) -> None:
     """Refuse a file with fewer bytes than its header promises, or damaged compression.
 
     Args:
-        path: a ``.nii`` or ``.nii.gz`` file, or one of a pair ``.hdr`` and ``.img``; other names
-            and files without a NIfTI or Analyze header are left to the reader.
+        path: a ``.nii`` or ``.nii.gz`` file, or one of a pair ``.hdr`` and ``.img``, compressed or
+            not; other names and files without a NIfTI or Analyze header are left to the reader.
 
     Raises:
         ValueError: the file is not whole.
@@ -42,12 +43,13 @@ def check_whole(path: Path) -> None:
     """
     if path.name.lower().endswith(_ENDINGS):
         header, size = _header_and_size(path)
-    elif path.suffix.lower() in (".hdr", ".img"):
-        pair = {side: path.with_suffix(side) for side in (".hdr", ".img")}
-        if not all(part.is_file() for part in pair.values()):
+    elif path.name.lower().endswith(_PAIR):
+        one = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+        sides = [[one.with_suffix(side + end) for end in ("", ".gz")] for side in (".hdr", ".img")]
+        pair = [part for side in sides for part in side if part.is_file()]
+        if len(pair) != 2:
             return
-        header, _ = _header_and_size(pair[".hdr"])
-        path = pair[".img"]
+        (header, _), path = _header_and_size(pair[0]), pair[1]
         _, size = _header_and_size(path)
     else:
         return

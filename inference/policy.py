@@ -116,7 +116,7 @@ def load_policy(path: Path | None = None) -> Policy:
 
 def _rule(row: dict[str, Any], source: str) -> Rule:
     step, amount = row.get("step"), row.get("amount")
-    if step not in STEPS:
+    if not isinstance(step, str) or step not in STEPS:
         raise ValueError(f"{source}: step {step!r}; accepted: {', '.join(STEPS)}")
     refusal = ValueError(
         f"{source}: amount {amount!r}; accepted: a number above 0, at most {_LARGEST_AMOUNT:g}"

@@ -216,6 +216,8 @@ def load(options: argparse.Namespace) -> Callable[[Path], str]:
         finisher = _build_finisher(options)
     except ImportError as error:
         raise _lacking(error) from error
+    except OSError as error:  # torch lacks a library of the system
+        raise StartError(" ".join(str(error).split())) from error
     return lambda path: _segment_file(path, segmenter, finisher, options)
 
 
@@ -272,13 +274,13 @@ def _segment_file(
     case = load_case(path)
     label_map = segmenter.segment_case(case, finisher)
     more = None if finisher.probabilities is None else finisher.probabilities.arrays()
-    save_segmentation(options.outputs / path.name, label_map, more)
-    seconds = time.perf_counter() - started
-    if options.overlay is not None:
+    if options.overlay is not None:  # before the result, or a case would fail that has one
         from inference.overlay import draw_overlay, save_png
 
         picture = draw_overlay(case.image, label_map, case.spacing_mm)
         save_png(options.overlay / f"{path.stem}.png", picture)
+    save_segmentation(options.outputs / path.name, label_map, more)
+    seconds = time.perf_counter() - started
     return _report(case, label_map, seconds, str(segmenter.used_device))
 
 

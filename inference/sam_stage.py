@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,13 +56,18 @@ class SamStage:
             stop.append(start[-1] + n)
         return Window((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]), self.shape)
 
+    def _shows(self, place: Sequence[float]) -> bool:
+        """Whether a place in the grid lies in the window: what is beyond no network has learnt."""
+        return all(-0.5 <= p <= n - 0.5 for p, n in zip(place, self.shape, strict=True))
+
     def logits(
         self, image: Tensor, window: Window, prompts: ObjectPrompts, previous: Tensor | None
     ) -> Tensor:
         """Segment one object in its window.
 
-        All clicks are points. Networks trained on box windows also get the box; public ones, which
-        never learnt boxes, get its centre as a positive point while there is no positive click.
+        Clicks are points, but for background ones outside of the window. Networks trained on box
+        windows also get the box; public ones, which never learnt boxes, get its centre as a
+        positive point while there is no positive click.
 
         Args:
             image: (1, *shape) raw intensities.
@@ -71,8 +78,10 @@ class SamStage:
         Returns:
             (*shape) float32 logits.
         """
-        places = [window.to_grid(click.position) for click in prompts.clicks]
-        labels = [int(click.positive) for click in prompts.clicks]
+        clicks = [(window.to_grid(click.position), click.positive) for click in prompts.clicks]
+        clicks = [(at, positive) for at, positive in clicks if positive or self._shows(at)]
+        places = [at for at, _ in clicks]
+        labels = [int(positive) for _, positive in clicks]
         boxes = None
         if prompts.box is not None:
             first = window.to_grid(prompts.box.start)

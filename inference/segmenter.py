@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ _EDGE = 64  # cells of a region of interest where no refiner says otherwise
 #: so that a box about it may stand for the user's (fitted on training cases).
 _SIZE_KNOWN = 4
 _TILES = 4  # of one object's second pass at most
-_TILES_PER_CASE = 100  # of all objects together, the challenge's time limit in view
+_TILES_PER_CASE = 100  # or one of each object; the challenge's time limit in view
 
 
 class Segmenter:
@@ -122,7 +123,9 @@ class Segmenter:
             self.used_device = torch.device("cpu")
 
     def _finished(self, case: Case, finish: Finish | None) -> NDArray[np.uint8]:
-        results = with_intensity_evidence(self.segment(case.objects, case.previous), case)
+        results = self.segment(case.objects, case.previous)
+        if self._refiners:  # of SAM-Med3D alone nothing is known that would be worth adding
+            results = with_intensity_evidence(results, case)
         return merge(results, self._volume) if finish is None else finish(results, case)
 
     def _move(self, device: torch.device) -> None:
@@ -197,12 +200,17 @@ class Segmenter:
         """Choose an object's first windows and, where there is SAM-Med3D, ask it in one of them."""
         refiner = self._asks(prompts)
         edge = _EDGE if refiner is None else refiner.config.window
-        windows = first_windows(prompts, before, self._volume, self._spacing_mm, (edge, edge, edge))
+        shape = edge, edge, edge
+        windows = first_windows(prompts, before, self._volume, self._spacing_mm, shape)
         elsewhere = [place for label, place in clicks if label != prompts.label]
         others = [box for label, box in boxes if label != prompts.label]
         looks = [Look(prompts, w, before, elsewhere, others, previous) for w in windows]
         if self._sam is not None:
-            window = self._sam.window(windows[0], self._spacing_mm)
+            # A background click far away may stretch the refiner's window, no more than that.
+            known = replace(prompts, clicks=tuple(c for c in prompts.clicks if c.positive))
+            known = prompts if known.is_empty and before is None else known
+            region, *_ = first_windows(known, before, self._volume, self._spacing_mm, shape)
+            window = self._sam.window(region, self._spacing_mm)
             mask = looks[0].mask_in(window, self.device)
             logits = self._sam.logits(self._cells(window), window, prompts, mask)
             if refiner is None:
@@ -318,8 +326,8 @@ class Segmenter:
             if closer is not None:
                 window, logits = closer, self._second_pass(refiner, look, closer)
             logits = look.held(logits, window, self._spacing_mm)
-        if look.has_box_alone:
-            logits = logits + BOX_ALONE
+            if look.has_box_alone:
+                logits = logits + BOX_ALONE
         return to_voxels(logits, window, look.prompts.label, self._volume, floor)
 
     def _second_pass(self, refiner: Refiner, look: Look, fine: Window) -> Tensor:

@@ -42,6 +42,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == os.fspath(temporary):
+            error.filename, error.filename2 = os.fspath(path), None
         if isinstance(error.__context__, SystemExit | KeyboardInterrupt):
             # Stopped with a member of the archive just opened, which then cannot be closed.
             raise error.__context__ from None

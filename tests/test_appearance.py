@@ -97,6 +97,11 @@ def test_clicks_keep_their_logits_and_boxes_of_voxels_their_places() -> None:
     for click in clicks:
         assert result[0].logits[click.position] == objects[0].logits[click.position]
         assert abs(result[0].logits[click.position]) > SURE
+    # What was filled up about the clicks stays where it was, as far as a logit goes.
+    others = np.ones(image.shape, bool)
+    for click in clicks:
+        others[click.position] = False
+    assert np.abs(result[0].logits[others]).max() <= SURE
     assert result[0].logits.dtype == np.float32
     assert np.abs(result[1].logits - objects[1].logits).max() > 1  # and it did something
 

@@ -185,6 +185,44 @@ def test_a_cluster_without_room_is_waited_for_with_one_line(tmp_path: Path, caps
     assert capsys.readouterr().err == said
 
 
+def test_cases_no_worker_is_left_for_have_failed(tmp_path: Path, capsys) -> None:
+    """One case is done, one kills its worker, and no other worker starts."""
+    from inference.cluster import Pool, StartError, make_cluster_parser
+
+    class DiedError(Exception):
+        pass
+
+    cluster = mock.MagicMock()
+    cluster.exceptions = mock.Mock(RayTaskError=type("Task", (DiedError,), {}), RayError=DiedError)
+    cluster.wait.side_effect = lambda calls, **_: (calls[:1], calls[1:])
+    options = make_cluster_parser().parse_args(
+        options_of(tmp_path, "--workers", "1", "--attempts", "2")
+    )
+    paths = [tmp_path / f"CT_{name}.npz" for name in "abc"]
+    with mock.patch.dict(sys.modules, ray=cluster):
+        pool = Pool(options)
+        cluster.get.side_effect = [
+            None,
+            "a",
+            DiedError("killed"),
+            DiedError("full"),
+            DiedError("full"),
+        ]
+        pool.run(paths)
+        assert pool.failed == 2
+        captured = capsys.readouterr()
+        assert captured.out == "a\n"
+        lines = captured.err.splitlines()
+        assert lines[0] == "trying again: CT_b.npz: ChildProcessError: its worker died: killed"
+        assert sorted(lines[1:]) == [
+            f"error: CT_{name}.npz: StartError: no worker can start: full" for name in "bc"
+        ]
+        pool = Pool(options)
+        cluster.get.side_effect = [DiedError("full"), DiedError("full")]
+        with pytest.raises(StartError, match="no worker can start: full"):
+            pool.run(paths)
+
+
 @pytest.mark.parametrize("status", [15, 1])
 def test_termination_has_the_usual_status_though_ray_gives_another(
     tmp_path: Path, monkeypatch, status: int

@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from inference.nifti import main
 from inference.nifti_files import ENDINGS, read_volume
 from inference.output import save_segmentation
+from inference.tiff_pages import check_pages
 from tests.test_nifti import DIRECTIONS, SIZE, image_of, write_series
 
 NOISE = np.random.default_rng(0).integers(1, 9999, SIZE[::-1], dtype=np.int16)
@@ -88,6 +89,25 @@ def test_a_result_does_not_replace_its_image(
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("image", "out"),
+    [("a.hdr", "a.img"), ("a.img", "a.hdr"), ("a.nii.gz", "a.nii"), ("a.nii", "a.nii.gz")],
+)
+def test_a_result_does_not_share_its_images_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], image: str, out: str
+) -> None:
+    """Of two files as which one image is read."""
+    path = write(tmp_path / image, NOISE)
+    assert to_nifti(tmp_path, path, tmp_path / out) == 1
+    assert f"{image}, and what has one name but for its ending" in capsys.readouterr().err
+    assert np.array_equal(voxels(read_volume(path)), NOISE)
+    elsewhere = tmp_path / "folder" / out
+    assert to_nifti(tmp_path, path, elsewhere) == 0
+    assert to_nifti(tmp_path, path, elsewhere) == 0  # once more, over itself
+    if image.startswith("a.nii"):
+        assert to_nifti(tmp_path, path, tmp_path / "folder" / image) == 1
+
+
 @pytest.mark.parametrize("ending", ["png", "tif", "vtk", "gipl", "dcm", "npz"])
 def test_formats_that_would_lose_the_result_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
@@ -110,13 +130,66 @@ def test_formats_that_are_accepted_keep_it(tmp_path: Path, ending: str) -> None:
     assert np.argwhere(voxels(sitk.DICOMOrient(found, "LPS")) == 2).tolist() == [[3, 2, 1]]
 
 
-@pytest.mark.parametrize("name", ["A.NII", "A.NII.GZ", "a.hdr", "a.img"])
+@pytest.mark.parametrize("name", ["A.NII", "A.NII.GZ", "a.hdr", "a.img", "a.img.gz"])
 def test_half_a_file_of_any_name_is_refused(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name.lower(), NOISE).rename(tmp_path / name)
     assert np.array_equal(voxels(read_volume(path)), NOISE)
     data = path if path.suffix != ".hdr" else path.with_suffix(".img")
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"{data.name}: received .*; accepted: a whole file"):
+        read_volume(path)
+
+
+def test_half_a_stack_of_pages_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", NOISE)
+    assert np.array_equal(voxels(read_volume(path)), NOISE)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.tif: received .* fewer than its pages take"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True])
+def test_pages_are_followed_to_the_last(tmp_path: Path, order: str, big: bool) -> None:
+    """Of files by the published layout: two pages of one entry each."""
+    mark = {"<": b"II", ">": b"MM"}[order]
+    if big:
+        head, form, entry = struct.pack(order + "3HQ", 43, 8, 0, 16), order + "Q20xQ", 28 + 8
+    else:
+        head, form, entry = struct.pack(order + "HI", 42, 8), order + "H12xI", 14 + 4
+    first = len(mark) + len(head)
+    path = tmp_path / "a.tif"
+
+    def write_pages(last: int) -> bytes:
+        second = first + entry
+        whole = mark + head + struct.pack(form, 1, second) + struct.pack(form, 1, last)
+        path.write_bytes(whole)
+        return whole
+
+    whole = write_pages(0)
+    check_pages(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="accepted: a whole file"):
+        check_pages(path)
+    write_pages(first)
+    with pytest.raises(ValueError, match="in a circle"):
+        check_pages(path)
+    path.write_bytes(b"no TIFF at all")
+    check_pages(path)
+
+
+@pytest.mark.parametrize("name", ["a.vtk", "a.gipl"])
+def test_formats_whose_halves_nobody_notices_are_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, NOISE)
+    with pytest.raises(ValueError, match="nothing tells whether such a file is whole; accepted: N"):
+        read_volume(path)
+
+
+def test_the_systems_last_error_is_no_reason(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mha", NOISE)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"File cannot be read: .*a\.mha for reading"):
         read_volume(path)
 
 

@@ -77,6 +77,13 @@ def test_tuples_are_values_anywhere(protocol: int) -> None:
         assert load_plain_pickle(pickle.dumps(thing, protocol)) == thing
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("empty", [np.str_(""), np.bytes_(b"")])
+def test_empty_texts_come_back(empty: np.generic, protocol: int) -> None:
+    found = load_plain_pickle(pickle.dumps(objects([empty, empty]), protocol))
+    assert isinstance(found, np.ndarray) and found.tolist() == [[empty, empty]]
+
+
 def test_what_numpy_1_wrote_is_read() -> None:
     data = pickle.dumps(objects({"a": np.int64(1)}), 2)
     assert b"numpy._core.multiarray" in data
@@ -237,6 +244,7 @@ CRAFTED: dict[str, tuple[bytes, str]] = {
         array_state(HUGE + b"\x85", DTYPE + text("S0") + b"\x89\x88\x87R", b"C\x00"),
         "without dtype",
     ),
+    "floats whose hashes collide": (b"\x80\x04" + DTYPE + text("f16") + b"\x85R.", "dtype 'f16'"),
     "a void dtype": (b"\x80\x04" + DTYPE + text("V99") + b"\x85R.", "the dtype 'V99'"),
     "a dtype of a dtype": (b"\x80\x04" + DTYPE + U1 + b"\x85R.", "the dtype"),
     "a structured dtype": (

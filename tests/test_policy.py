@@ -54,6 +54,7 @@ def test_a_table_is_read_as_it_is_written(tmp_path):
         ("format = 2", "format 2"),
         ("format = 1\nrule = 3", "array of tables"),
         ('format = 1\n[[rule]]\nstep = "polish"', "'polish'"),
+        ('format = 1\n[[rule]]\nstep = ["trim"]\namount = 1', "step ['trim']"),
         ('format = 1\n[[rule]]\nstep = "smooth"', "amount None"),
         ('format = 1\n[[rule]]\nstep = "smooth"\namount = 0', "amount 0"),
         ('format = 1\n[[rule]]\nstep = "smooth"\namount = 2.5', "at most 2"),

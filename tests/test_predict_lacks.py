@@ -14,7 +14,7 @@ import pytest
 
 from inference import predict
 from inference.output import save_segmentation
-from tests.test_predict import CHECKOUT, SHAPE, names, write_case
+from tests.test_predict import CHECKOUT, SHAPE, StandIn, names, write_case
 from tests.test_predict_stopped import PROCESS
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -35,6 +35,30 @@ def test_a_missing_package_is_told_in_one_line(tmp_path, monkeypatch, package):
     assert line.startswith(f"error: import of {package} ")
     assert line.endswith(f"; {sys.executable} -m pip install -r requirements.txt")
     assert names(tmp_path / "out") == []
+
+
+def test_a_library_that_torch_lacks_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    write_case(tmp_path / "in", "CT_a.npz")
+    (tmp_path / "torch.py").write_text('raise OSError("libcudart.so.13:\\n no such file")')
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run(tmp_path) == 2
+    assert capsys.readouterr().err == "error: libcudart.so.13: no such file\n"
+
+
+def test_without_its_picture_a_case_keeps_its_earlier_result(tmp_path, monkeypatch, capsys):
+    write_case(tmp_path / "in", "CT_a.npz")
+    picture = tmp_path / "pictures" / "CT_a.png"
+    picture.mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "CT_a.npz").write_bytes(b"of the round before")
+    monkeypatch.setattr(predict, "_build_segmenter", lambda _: StandIn())
+    folders = ["--inputs", str(tmp_path / "in"), "--outputs", str(tmp_path / "out")]
+    assert predict.main([*folders, "--overlay", str(picture.parent)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(picture) in line and ".part" not in line
+    assert (tmp_path / "out" / "CT_a.npz").read_bytes() == b"of the round before"
+    assert names(picture.parent) == ["CT_a.png"]
 
 
 @pytest.fixture

@@ -84,6 +84,37 @@ def test_every_prompt_reaches_the_network(windows: str, patch_size: int) -> None
             assert torch.equal(said[one], said[other]) == (frozenset((one, other)) in same)
 
 
+def test_clicks_beyond_the_window_are_not_told() -> None:
+    stage = SamStage(_sam(), torch.device("cpu"))
+    window = Window((0, 0, 0), (32, 32, 32), (32, 32, 32))
+    image = torch.rand(1, 32, 32, 32) * 255
+    box = Box((8, 8, 8), (20, 22, 24), 14)
+    alone = stage.logits(image, window, ObjectPrompts(1, box), None)
+    for at, told in (((4, 5, 31), True), ((4, 5, 32), False), ((-1, 5, 6), False)):
+        prompts = ObjectPrompts(1, box, (Click(at, False),))
+        assert torch.equal(stage.logits(image, window, prompts, None), alone) != told
+
+
+@pytest.mark.parametrize("known", ["box", "previous", "nothing"])
+def test_a_background_click_far_away_does_not_move_the_window(
+    monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    stage = SamStage(_sam(), torch.device("cpu"))
+    asked: list[Window] = []
+    ask = stage.logits
+    monkeypatch.setattr(stage, "logits", lambda i, w, *rest: asked.append(w) or ask(i, w, *rest))
+    segmenter = Segmenter(None, stage)
+    segmenter.set_image(np.zeros((30, 30, 400), np.uint8), (1.5, 1.5, 1.5))
+    box = Box((10, 10, 10), (20, 20, 20), 15) if known == "box" else None
+    previous = np.zeros((30, 30, 400), np.uint8)
+    if known == "previous":
+        previous[10:20, 10:20, 10:20] = 1
+    near, far = (ObjectPrompts(1, box, (Click((15, 15, x), False),)) for x in (12, 390))
+    for prompts in (near, far):
+        list(segmenter.segment([prompts], previous))
+    assert (asked[0] == asked[1]) == (known != "nothing")
+
+
 def test_logits_move_between_windows() -> None:
     source = Window((2, 4, 6), (18, 20, 22), (16, 16, 16))
     values = torch.randn(1, 16, 16, 16)
@@ -183,6 +214,6 @@ def test_weights_that_do_not_fit_the_options_are_refused(
 
 def test_a_configuration_survives_its_file() -> None:
     config = RefinerConfig(channels=(8, 16), blocks=(1, 2), window=48, coarse=True)
-    assert RefinerConfig.from_json(config.to_json()) == config
+    assert RefinerConfig.from_json(config.to_json(), "a file") == config
     with pytest.raises(ValueError, match="accepted: channels, blocks, window, coarse"):
-        RefinerConfig.from_json(json.dumps({"depth": 3}))
+        RefinerConfig.from_json(json.dumps({"depth": 3}), "a file")

@@ -65,7 +65,7 @@ def read_checkpoint(path: Path) -> TrainedNetwork:
             f"{path}: received {keys}; accepted: a checkpoint of training, with 'average' and the "
             "configuration of its network under 'refiner' or 'sam'"
         )
-    config = _CONFIGS[kinds[0]].from_json(json.dumps(state[kinds[0]]))
+    config = _CONFIGS[kinds[0]].from_json(json.dumps(state[kinds[0]]), str(path))
     run = state.get("config")
     if isinstance(config, RefinerConfig) and isinstance(run, Mapping) and run.get("windows"):
         # Whatever the network was built for: inference shows what training showed last.
@@ -99,7 +99,7 @@ def read_bundle(path: Path, unboxed: bool = False) -> TrainedNetwork:
         )
     tensors = with_all_channels(split_prefix(state, f"{part}."))
     history = metadata.get(f"{part}_training", metadata.get("training", "{}"))
-    config = RefinerConfig.from_json(metadata[part])
+    config = RefinerConfig.from_json(metadata[part], str(path))
     full = {name: tensor.float() for name, tensor in tensors.items()}
     return TrainedNetwork("refiner", config, full, json.loads(history))
 

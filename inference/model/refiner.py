@@ -233,7 +233,7 @@ def load_refiners(path: Path) -> tuple[Refiner, Refiner | None]:
 
     def build(part: str) -> Refiner:
         with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced
-            model = Refiner(RefinerConfig.from_json(metadata[part]))
+            model = Refiner(RefinerConfig.from_json(metadata[part], str(path)))
         load_state(model, with_all_channels(split_prefix(state, f"{part}.")), str(path))
         return model.eval()
 

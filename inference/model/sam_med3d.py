@@ -258,7 +258,7 @@ def load_sam_med3d(path: Path) -> SamMed3D:
     state = split_prefix(state, "sam.") or state
     config = None
     if "sam" in metadata:
-        config = SamMed3DConfig.from_json(metadata["sam"])
+        config = SamMed3DConfig.from_json(metadata["sam"], str(path))
     elif "image_encoder.pos_embed" in state:
         width = state["image_encoder.pos_embed"].shape[-1:]
         boxes = "prompt_encoder.point_embeddings.2.weight" in state

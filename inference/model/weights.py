@@ -227,20 +227,24 @@ class NetworkConfig:
     """A network's shape: fields of plain values and tuples, kept as JSON in a file's metadata."""
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str, source: str) -> Self:
         """Read what ``to_json`` wrote; fields left out take their defaults.
 
+        Args:
+            text: a JSON object.
+            source: where it comes from, for the message.
+
         Raises:
-            ValueError: not a JSON object, an unknown field, or a value that the network refuses.
+            ValueError: no JSON object, an unknown field, or a value that the network refuses.
         """
-        values = json.loads(text)
         names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, dict) or not set(values) <= set(names):
-            raise ValueError(f"{cls.__name__} {text[:200]}; accepted: {', '.join(names)}")
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**fields)
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict) or not set(values) <= set(names):
+                raise ValueError(f"accepted: {', '.join(names)}")
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source}: {cls.__name__} {text[:200]}: {error}") from None
 
     def to_json(self) -> str:
         """The configuration as a JSON object, for a weights file's metadata."""
@@ -365,10 +369,11 @@ def _print_list(folder: Path) -> None:
         state, size = "to be fetched", ""
         if name in local:
             size = f"{path.stat().st_size / 1e6:.1f} MB"
-            try:
-                state = "verified" if verify_weights(path) else "not listed in SHA256SUMS"
-            except ValueError:
-                state = "DAMAGED: its SHA-256 is not the one listed"
+            listed = listed_sha256(path)
+            state = "not listed in SHA256SUMS"
+            if listed is not None:
+                same = sha256_of(path) == listed
+                state = "verified" if same else "DAMAGED: its SHA-256 is not the one listed"
         print(f"{name:38}{size:>10}  {state:28}{PUBLIC.get(path.stem, '')}".rstrip())
 
 

@@ -53,7 +53,7 @@ def test_a_refiner_may_be_blind_to_a_channel() -> None:
     assert torch.equal(refiner(seen), refiner(other))
     other[:, CHANNELS.index("box")] = 9
     assert not torch.equal(refiner(seen), refiner(other))
-    assert RefinerConfig.from_json(config.to_json()) == config
+    assert RefinerConfig.from_json(config.to_json(), "a file") == config
     with pytest.raises(ValueError, match=r"without is \['hearing'\]; accepted: image, "):
         RefinerConfig(without=("hearing",))
 
@@ -69,8 +69,14 @@ def test_a_refiner_may_be_blind_to_a_channel() -> None:
     ],
 )
 def test_sizes_that_no_network_has_are_refused(sizes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"^channels .*; accepted: as many blocks"):
-        RefinerConfig.from_json(json.dumps(sizes))
+    with pytest.raises(ValueError, match=r"^a file: .*: channels .*; accepted: as many blocks"):
+        RefinerConfig.from_json(json.dumps(sizes), "a file")
+
+
+@pytest.mark.parametrize("text", ["{", '{"channels": 5}'])
+def test_what_is_no_configuration_is_refused_by_its_file(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^a file: RefinerConfig "):
+        RefinerConfig.from_json(text, "a file")
 
 
 def test_the_refiner_names_the_shape_it_cannot_take() -> None:

@@ -290,10 +290,10 @@ def test_configurations_that_are_refused(change: dict[str, object], message: str
 
 def test_configuration_as_json() -> None:
     for config in (TINY, SMALL, *CONFIGS.values()):
-        assert SamMed3DConfig.from_json(config.to_json()) == config
+        assert SamMed3DConfig.from_json(config.to_json(), "a file") == config
     for text in ('{"widht": 3}', "[]"):
-        with pytest.raises(ValueError, match=r"^SamMed3DConfig .*; accepted: image_size, patch"):
-            SamMed3DConfig.from_json(text)
+        with pytest.raises(ValueError, match=r"^a file: SamMed3DConfig .*accepted: image_size, pa"):
+            SamMed3DConfig.from_json(text, "a file")
     with pytest.raises(ValueError, match="'vit_h': one of vit_b_768, vit_b_384"):
         build_sam_med3d("vit_h")
 

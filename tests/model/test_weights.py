@@ -301,6 +301,9 @@ def test_list(state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFi
     assert "DAMAGED" in lines["b.safetensors"]
     assert "not listed" in lines["c.safetensors"]
     assert all("to be fetched" in lines[f"{name}.pth"] for name in weights.PUBLIC)
+    (tmp_path / "SHA256SUMS").write_text("no hash", encoding="utf-8")
+    assert weights.main(["--folder", str(tmp_path), "list"]) == 1
+    assert "line 'no hash': accepted is 'SHA256  NAME'" in capsys.readouterr().err
 
 
 def test_reading_maps_the_file(tmp_path: Path) -> None:

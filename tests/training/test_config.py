@@ -44,7 +44,7 @@ def test_the_default_weights_were_trained_as_their_file_says() -> None:
 def test_what_goes_on_from_the_default_weights_is_their_network(name: str) -> None:
     config = Config.load(CONFIGS / name)
     assert config.init == "default"
-    shipped = RefinerConfig.from_json(read_metadata(find_weights())["refiner"])
+    shipped = RefinerConfig.from_json(read_metadata(find_weights())["refiner"], "it")
     assert dataclasses.replace(config.refiner, window=shipped.window) == shipped
 
 
