@@ -20,6 +20,7 @@ PUBLIC_SPACING_MM = 1.5
 PUBLIC_MARGIN = 1.2
 #: Hard previous masks stand in for the logits of training.
 MASK_LOGIT = 6.0
+_NO_POINT = -1  # label of what was a point before
 
 
 class SamStage:
@@ -65,9 +66,10 @@ class SamStage:
     ) -> Tensor:
         """Segment one object in its window.
 
-        Clicks are points, but for background ones outside of the window. Networks trained on box
-        windows also get the box; public ones, which never learnt boxes, get its centre as a
-        positive point while there is no positive click.
+        Clicks are points, but for background ones outside of the window; a box's centre is a
+        positive one while there is no positive click. Networks trained on box windows also get the
+        box, and are told of the centre's place no more once there is one; public ones never learnt
+        boxes.
 
         Args:
             image: (1, *shape) raw intensities.
@@ -86,12 +88,12 @@ class SamStage:
         if prompts.box is not None:
             first = window.to_grid(prompts.box.start)
             last = window.to_grid([b - 1 for b in prompts.box.stop])
+            z, y, x = ((a + b) / 2 for a, b in zip(first, last, strict=True))
             if self._boxes:
                 boxes = image.new_tensor([[*first, *last]])
-            if 1 not in labels:
-                middle = [(a + b) / 2 for a, b in zip(first, last, strict=True)]
-                places.insert(0, (middle[0], middle[1], middle[2]))
-                labels.insert(0, 1)
+            if self._boxes or 1 not in labels:
+                places.insert(0, (z, y, x))
+                labels.insert(0, _NO_POINT if 1 in labels else 1)
         points = (image.new_tensor([places]), torch.tensor([labels], device=image.device))
         masks = None
         if previous is not None:

@@ -73,7 +73,7 @@ class Config:
             inference lets objects side by side tell each other apart.
         no_mask: probability that a refiner's round after a click is not shown the last mask.
         previous_mask: SAM-Med3D's previous mask: ``"logits"`` (the paper) or ``"binary"`` (what
-            inference has).
+            inference has, but that it shows no mask where the last one is empty).
 
         dice, cross_entropy, focal, boundary, iou: weights of the terms of the loss; ``boundary``
             of cross-entropy within two cells of the surface, ``iou`` of SAM-Med3D's prediction of

@@ -285,6 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--device", choices=("auto", "cpu", "cuda"), default="cpu", help="for embeddings")
     add("--jobs", type=int, default=1, metavar="N", help="cases at a time (default: 1)")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}; accepted: at least 1")
     if options.out.suffix != ".json":
         parser.error(f"--out {options.out}; accepted: a name ending in .json")
     try:

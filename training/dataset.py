@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from inference.prompts import WindowPrompts
+from inference.refinement import bounding_box
 from inference.resampling import covered_cells
 from training.augmentation import Chance, change_intensities
 from training.click_simulation import challenge_box, next_clicks
@@ -206,7 +207,7 @@ class WindowDataset:
             source=source,
         )
         if plan.boxed:
-            low, high, middle = plan.box or challenge_box(target.cpu().numpy(), plan.padding)
+            low, high, middle = plan.box or _box(target, inside, plan.padding)
             if chance.happens(self._config.sloppy_box):
                 low, high = _sloppy(low, high, chance)
             others = tuple((_point(a), _point(b)) for a, b in plan.others.tolist())
@@ -225,6 +226,16 @@ class WindowDataset:
                 clicks=(click,), elsewhere=elsewhere[0] if elsewhere else ()
             )
         return sample
+
+
+def _box(target: Tensor, inside: Tensor, padding: Point) -> tuple[Point, Point, float]:
+    """The challenge's box, padded as far as there is an image, as ``View.edges_of`` pads one."""
+    low, high, middle = challenge_box(target.cpu().numpy(), padding)
+    seen = bounding_box(inside.cpu().numpy())
+    assert seen is not None  # the object lies in it
+    low = _point([max(a, b - 0.5) for a, b in zip(low, seen[0], strict=True)])
+    high = _point([min(a, b - 0.5) for a, b in zip(high, seen[1], strict=True)])
+    return low, high, middle
 
 
 def _point(values: Sequence[float]) -> Point:

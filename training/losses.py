@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from training.config import Config
 
+#: A logit that costs nothing where there is no object.
+ABSENT = -20.0
 _AXES = (1, 2, 3, 4)
 _BAND = 2  # cells on either side of the surface
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import resource
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from torch.utils.flop_counter import (
 from training.checkpoint import build_network
 from training.config import Config
 from training.dataset import WindowDataset
+from training.peak_memory import peak_bytes, start_peak
 from training.trainer import Trainer, steps_an_epoch
 from training.volumes import LabelledVolume, load_folder
 
@@ -63,7 +63,7 @@ class Step:
         seconds: of wall clock.
         cpu_seconds: of all threads.
         flops: floating-point operations of matrix products and convolutions, both directions.
-        peak_gb: the process's largest memory so far.
+        peak_gb: the process's largest memory meanwhile.
     """
 
     windows: int
@@ -86,6 +86,7 @@ def measure_step(config: Config, volumes: Sequence[LabelledVolume], batch: int) 
     dataset = WindowDataset(volumes, config)
     with tempfile.TemporaryDirectory() as out:
         trainer = Trainer(build_network(config), dataset, config, Path(out))
+        start_peak()  # reading the data may have taken more
         counter = FlopCounterMode(display=False, custom_mapping=_ON_CPU)
         begun, begun_cpu = time.perf_counter(), time.process_time()
         with counter:
@@ -93,13 +94,7 @@ def measure_step(config: Config, volumes: Sequence[LabelledVolume], batch: int) 
         seconds, cpu = time.perf_counter() - begun, time.process_time() - begun_cpu
     if trainer.skipped:
         raise ValueError("the step had no finite loss and gradient; accepted: another seed")
-    return Step(batch, seconds, cpu, counter.get_total_flops(), peak_gb())
-
-
-def peak_gb() -> float:
-    """The largest resident memory of this process so far, in GB."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return Step(batch, seconds, cpu, counter.get_total_flops(), peak_bytes() / 1e9)
 
 
 def report(config: Config, one: Step, two: Step, objects: int, tflops: float) -> str:

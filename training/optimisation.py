@@ -19,8 +19,8 @@ class Optimisation:
     """The configuration's optimisers, schedule and exponential moving average.
 
     With ``optimizer`` "muon" the refiner's convolutions but the first and the last are trained by
-    Muon (Jordan et al. 2024), each as a matrix of output channels by everything else: the momentum
-    made orthogonal, and scaled so that a learning rate means what it means to AdamW (Liu et al.
+    Muon (Jordan et al. 2024), each as a matrix of its first axis by all others: the momentum made
+    orthogonal, and scaled so that a learning rate means what it means to AdamW (Liu et al.
     2025). AdamW trains all the rest.
 
     Args:

@@ -29,7 +29,7 @@ _FEWEST_BITS = 5
 
 
 def pack(folders: Sequence[Path], out: Path, largest: int) -> int:
-    """Write an archive of the folders' npz files.
+    """Write an archive of the folders' npz files and manifests.
 
     Args:
         folders: of labelled cases and label maps; each is found under its own name in the archive.
@@ -54,6 +54,8 @@ def pack(folders: Sequence[Path], out: Path, largest: int) -> int:
         if not found:
             raise ValueError(f"{folder}: no .npz file; accepted: a folder of cases or label maps")
         paths += found
+        manifest = folder / "manifest.json"
+        paths += [manifest] if manifest.is_file() else []
     temporary = out.with_name(f".{os.getpid()}.{out.name}")
     try:
         for bits in range(8, _FEWEST_BITS - 1, -1):
@@ -72,7 +74,9 @@ def _write(paths: Sequence[Path], out: Path, bits: int) -> int:
     """Write the archive; its size."""
     with tarfile.open(out, "w:xz", preset=6) as archive:
         for path in paths:
-            content = _with_fewer_bits(path, bits)
+            content = path.read_bytes()
+            if path.suffix == ".npz":
+                content = _with_fewer_bits(path, bits)
             entry = tarfile.TarInfo(f"{path.parent.resolve().name}/{path.name}")
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))

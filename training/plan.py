@@ -120,10 +120,11 @@ class Planner:
                 self.sources.append(source)
                 self._members.append(members)
         self._shares = np.array(shares)
-        if config.sampling == "balanced" and not self._shares.sum():
-            raise ValueError(f"no volume of a modality in {sorted(weights)}; found {sorted(tree)}")
         if not self._objects:
             raise ValueError("no volume with an image; accepted: npz files with imgs and gts")
+        if config.sampling == "balanced" and not self._shares.sum():
+            wanted = sorted(name for name, weight in weights.items() if weight)
+            raise ValueError(f"no volume of a modality in {wanted}; found {sorted(tree)}")
 
     @property
     def objects(self) -> int:

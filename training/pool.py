@@ -21,13 +21,12 @@ from training.augmentation import Chance, perturb_mask
 from training.click_simulation import next_clicks
 from training.config import Config
 from training.dataset import Sample, WindowDataset
-from training.losses import dice_score
+from training.losses import ABSENT, dice_score
 from training.surroundings import Surroundings
 
 _SHAPE = CHANNELS.index("ellipsoid")
 #: Log-odds at the ellipsoid's centre, and everywhere, that draw a poor first mask towards it.
 _DRAWN, _SWOLLEN = 5.0, 0.4
-ABSENT = -20.0  # a logit that costs nothing where there is no object
 _SAVED = [field.name for field in dataclasses.fields(Sample) if field.name != "prompts"]
 
 #: Where an object comes from, whether it has a box, the round and its Dice.
@@ -171,7 +170,8 @@ class Pool:
             sample = place.sample
             place.mask, place.close = mask, None
             if sample.around is not None:
-                before = (self._first[place.number] > 0) & sample.around.inside
+                first = self._first[place.number] + BOX_ALONE * (place.round == 0)
+                before = (first > 0) & sample.around.inside
                 place.mask = sample.around.taught(before, mask) & sample.around.inside
                 cells = zip(sample.cell, sample.around.size, strict=True)
                 if max(close / size for close, size in cells) > BLURRING_CELL:

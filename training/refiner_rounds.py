@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from training.config import Config
 from training.dataset import WindowDataset
-from training.losses import segmentation_loss
-from training.pool import ABSENT, Batch, Pool
+from training.losses import ABSENT, segmentation_loss
+from training.pool import Batch, Pool
 from training.scores import Scores
 from training.workers import Workers
 

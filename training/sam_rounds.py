@@ -21,7 +21,7 @@ from training.augmentation import masked_z_scores
 from training.click_simulation import next_clicks
 from training.config import Config
 from training.dataset import Sample, WindowDataset
-from training.losses import dice_score, iou_loss, segmentation_loss
+from training.losses import ABSENT, dice_score, iou_loss, segmentation_loss
 from training.scores import Scores
 
 _FILLER = -1  # label of a place where an object has no click
@@ -57,6 +57,7 @@ class SamInteraction(nn.Module):
         images = torch.stack([s.image for s in samples])
         targets = torch.stack([s.target for s in samples])
         truth = targets[:, None].float()
+        beyond = ~torch.stack([s.inside for s in samples])[:, None]
         rngs = [np.random.default_rng(seed) for seed in seeds]
         cells = [s.cell for s in samples]
         embedding = self.model.encode_image(masked_z_scores(images)[:, None])
@@ -69,6 +70,7 @@ class SamInteraction(nn.Module):
             )
             low = low.float()
             logits = F.interpolate(low, images.shape[1:], mode="trilinear", align_corners=False)
+            logits = logits.masked_fill(beyond, ABSENT)
             losses.append(segmentation_loss(logits, truth, config))
             if config.iou:
                 losses[-1] = losses[-1] + config.iou * iou_loss(overlap, logits, truth)

@@ -157,7 +157,9 @@ class Trainer:
                 self._scaler.scale(loss).backward()
                 total += loss.detach()
         norm = self._optimisation.unscale(self._scaler)
-        if bool(torch.isfinite(norm)):  # the same in every process: gradients are summed
+        # The same in every process: gradients are summed, too. Where a logit overflows the loss is
+        # not finite and its gradient is.
+        if bool(torch.isfinite(norm)) and bool(torch.isfinite(self._world.sum(total.clone()))):
             self._optimisation.step(self._scaler)
             self._skipped_in_a_row = 0
             self._losses.append(float(total))

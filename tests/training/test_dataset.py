@@ -13,7 +13,7 @@ from inference.refinement import BOX_ALONE
 from inference.sam_stage import _normalise
 from tests.training.balls import TINY_SAM, config, pool_of
 from training.augmentation import Chance, change_intensities, masked_z_scores, perturb_mask
-from training.dataset import Sample, WindowDataset
+from training.dataset import Sample, WindowDataset, _box
 from training.losses import dice_score
 from training.refiner_rounds import RefinerRounds
 from training.scores import Scores
@@ -348,6 +348,14 @@ def test_labels_of_two_tissues_have_a_rim_or_two_parts() -> None:
     assert {kind: seen.count(kind) >= 4 for kind in ("one", "rim", "parts")} == dict.fromkeys(
         ("one", "rim", "parts"), True
     )
+
+
+def test_boxes_are_padded_as_far_as_there_is_an_image() -> None:
+    target, inside = torch.zeros(2, 16, 16, 16, dtype=torch.bool)
+    target[2:9, 4:10, 5:12] = True
+    inside[2:16, 3:16, :13] = True
+    low, high, middle = _box(target, inside, (0.0, 2.5, 2.5))
+    assert (low, high, middle) == ((1.5, 2.5, 2.0), (8.5, 12.0, 12.5), 5.0)
 
 
 def test_sloppy_boxes_are_off_by_a_little(folder: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from tests.training.balls import TINY_SAM, config, write_balls
 from training.checkpoint import build_network
 from training.dataset import WindowDataset
 from training.needs import _ON_CPU, Step, main, measure_step, report
+from training.peak_memory import peak_bytes
 from training.trainer import Trainer
 from training.volumes import load_folder
 
@@ -42,6 +44,13 @@ def test_a_step_is_measured_without_workers(tmp_path: Path) -> None:
     """What they do would count for nothing."""
     step = measure_step(config(batch=8, workers=4), load_folder(write_balls(tmp_path)), 1)
     assert step.windows == 1 and not multiprocessing.active_children()
+
+
+def test_memory_before_the_step_does_not_count(tmp_path: Path) -> None:
+    volumes = load_folder(write_balls(tmp_path))
+    np.ones(100_000_000)  # 800 MB, as reading many files at once may take
+    before = peak_bytes() / 1e9
+    assert measure_step(config(batch=1), volumes, 1).peak_gb < before - 0.2
 
 
 def test_the_reckoning() -> None:

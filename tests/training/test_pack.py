@@ -54,8 +54,11 @@ def _unpacked(archive: Path) -> dict[str, dict[str, np.ndarray]]:
 def test_what_fits_comes_back_as_it_was(folders: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "there" / "data.tar.xz"
     out.parent.mkdir()
+    (folders[0] / "manifest.json").write_text("[]", encoding="utf-8")
     assert pack(folders, out, 1 << 20) == 8
     found = _unpacked(out)
+    assert (out.parent / "train" / "manifest.json").read_text(encoding="utf-8") == "[]"
+    assert not (out.parent / "maps" / "manifest.json").exists()
     assert sorted(found) == ["maps/LM_b.npz", "train/CT_a_0.npz", "train/CT_a_1.npz"]
     for name, arrays in found.items():
         with NpzFile(tmp_path / name) as file:

@@ -186,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--document", type=Path, metavar="MD", help="also put a digest between its markers")
     add("--jobs", type=int, default=1, metavar="N", help="cases at a time (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}; accepted: at least 1")
     try:
         unknown = sorted(set(options.rounds) - set(range(ROUNDS)))
         if unknown:

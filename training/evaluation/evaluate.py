@@ -93,7 +93,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="write report.html (default: yes)",
     )
     add("--force", action="store_true", help="start over, also if settings differ from last time")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}; accepted: at least 1")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -90,7 +90,9 @@ def cost_by_volume(runs: Runs) -> str:
                 "linewidths": 0,
             }
             voxels = [np.prod(r.shape) / 1e6 for r in results]
-            seconds = [np.mean([h.seconds for h in r.rounds if h is not None]) for r in results]
+            # Of rounds held: where clicks end early the last one is carried on, in no time.
+            held = [[h.seconds for h in r.rounds if h is not None and h.seconds] for r in results]
+            seconds = [np.mean(times or [np.nan]) for times in held]
             left.scatter(voxels, seconds, label=_plain(label), **look)
             peaks = [
                 (v, max(h.peak_bytes for h in r.rounds if h and h.peak_bytes) / 2**30)

@@ -26,6 +26,7 @@ from inference.case import Case, parse_case
 from inference.finishing import DEFAULT, Finisher
 from inference.npz import NpzFile
 from training.evaluation.metrics import SECONDS_PER_CLASS
+from training.peak_memory import peak_bytes, start_peak
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -76,7 +77,7 @@ class InProcess:
 
     def __call__(self, arrays: Arrays, name: str) -> Prediction:
         """See :class:`Predictor`; parsing is timed too, reading and writing files is not."""
-        measurable = _reset_peak_memory()
+        measurable = start_peak()
         started = time.perf_counter()
         try:
             segs = self._segment(parse_case(arrays, name))
@@ -84,7 +85,7 @@ class InProcess:
             seconds = time.perf_counter() - started
             raise PredictionError(f"{type(error).__name__}: {error}", seconds) from error
         seconds = time.perf_counter() - started
-        peak = _peak_memory() if measurable else None
+        peak = peak_bytes() if measurable else None
         return Prediction(_checked(segs, arrays["imgs"].shape, seconds), seconds, peak)
 
 
@@ -286,19 +287,3 @@ def _checked(segs: NDArray[Any], shape: tuple[int, ...], seconds: float) -> NDAr
     if not np.array_equal(labels, segs):
         raise PredictionError(f"segs of {segs.dtype} beyond uint8; accepted: 0 to 255", seconds)
     return labels
-
-
-def _reset_peak_memory() -> bool:
-    """Start a new peak of resident memory; False where the system has none to reset."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError:
-        return False
-    return True
-
-
-def _peak_memory() -> int | None:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -165,8 +165,9 @@ def run_case(
     shape = reference.voxels.shape
     labels = reference.labels
     random = variant.generator(case.name)
-    start = dict(case.arrays)
-    boxes = start.pop("boxes", None)
+    # Clicks and a previous result that a file may hold are none of this protocol's.
+    image = {key: case.arrays[key] for key in ("imgs", "spacing")}
+    boxes = case.arrays.get("boxes")
     if boxes is not None:
         boxes = variant.boxes(boxes, shape, random)
     prompts = _Clicks(len(labels))
@@ -177,10 +178,10 @@ def run_case(
             if boxes is None:
                 rounds.append(None)
                 continue
-            arrays = {**start, "boxes": boxes}
+            arrays = {**image, "boxes": boxes}
         elif turn > variant.click_rounds:
             held = rounds[-1]
-            rounds.append(None if held is None else replace(held, seconds=0.0))
+            rounds.append(None if held is None else _carried_on(held))
             continue
         else:
             for index, label in enumerate(labels):
@@ -190,12 +191,7 @@ def run_case(
                 else:
                     position = variant.move(click.position, shape, random)
                     prompts.add(index, turn, position, click.positive)
-            arrays = {
-                "imgs": start["imgs"],
-                "spacing": start["spacing"],
-                **prompts.arrays(),
-                "prev_pred": current.voxels,
-            }
+            arrays = {**image, **prompts.arrays(), "prev_pred": current.voxels}
             if boxes is not None:
                 arrays["boxes"] = boxes
         held, current = _hold(arrays, case, predictor, current)
@@ -230,6 +226,11 @@ def _hold(
         previous = LabelMap.of(prediction.segs)
     scores = score(case.reference, previous, case.stored_spacing)
     return Round(seconds, peak, scores.dsc, scores.nsd, error), previous
+
+
+def _carried_on(held: Round) -> Round:
+    """A round in which nothing was asked, and so nothing failed."""
+    return replace(held, seconds=0.0, peak_bytes=None, error=None)
 
 
 class _Clicks:

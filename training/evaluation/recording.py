@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import math
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -189,17 +190,19 @@ def record_folder(
     _check("per-modality", per_modality, 1)
     _check("click-rounds", click_rounds, 0, CLICK_ROUNDS)
     _check("without-boxes-every", without_boxes_every, 1)
-    settings = f"{objects}-{per_modality or 'all'}-{click_rounds}-{without_boxes_every or 'never'}"
-    place = hashlib.sha256(str(cases.resolve()).encode()).hexdigest()
-    engine = f"{sha256_of(weights)[:8]}-{code_of('segmenter')[:8]}"
-    folder = out / f"{cases.name}-{place[:8]}-{engine}-{settings}"
-    folder.mkdir(parents=True, exist_ok=True)
     paths = case_files(cases)
     if not paths:
         raise ValueError(f"cases folder {cases}: no .npz file")
     read_structures(cases)  # or each case would tell what is wrong with it
     if per_modality is not None:
         paths = choose_cases(paths, per_modality)
+    settings = f"{objects}-{per_modality or 'all'}-{click_rounds}-{without_boxes_every or 'never'}"
+    if without_boxes_every is not None:  # which those are depends on all
+        settings += f"-{zlib.crc32(repr([path.name for path in paths]).encode()):08x}"
+    place = hashlib.sha256(str(cases.resolve()).encode()).hexdigest()
+    engine = f"{sha256_of(weights)[:8]}-{code_of('segmenter')[:8]}"
+    folder = out / f"{cases.name}-{place[:8]}-{engine}-{settings}"
+    folder.mkdir(parents=True, exist_ok=True)
     variant = PromptVariant("recorded", click_rounds=click_rounds)
     segmenter: Segmenter | None = None
     records, refused = [], 0

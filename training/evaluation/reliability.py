@@ -69,8 +69,13 @@ def reliability_rows(counts: Mapping[str, NDArray[np.float64]]) -> list[dict[str
         their mean ``probability``, the ``frequency`` of the object among them (both None where
         there is no voxel), and the modality's expected calibration ``error``, the mean distance of
         the two (Guo et al. 2017).
+
+    Raises:
+        ValueError: nothing was counted.
     """
     shares = {name: count / count[0].sum() for name, count in counts.items() if count[0].sum()}
+    if not shares:
+        raise ValueError("no object was found in any case; accepted: weights that find some")
     shares[MEAN_OF_MODALITIES] = np.mean(list(shares.values()), axis=0)
     rows = []
     for name, (share, probable, true) in shares.items():

@@ -28,6 +28,7 @@ from training.evaluation.results import is_same_folder
 from training.manifest import case_files, read_structures
 from training.preprocess import save_case
 from training.raw_case import challenge_boxes
+from training.volumes import checked, to_bytes
 
 _BEND = 0.025  # of an edge, standard deviation of the displacement at a knot
 _KNOTS = 7
@@ -71,12 +72,8 @@ def bend_case(path: Path) -> dict[str, NDArray[Any]]:
         OSError: it cannot be read.
     """
     case = load_labelled_case(path, boxes=False)
-    image = case.arrays["imgs"]
-    if not (image.min() >= 0 and image.max() <= 255):  # false of NaN
-        raise ValueError(
-            f"{path.name}: intensities {image.min()} to {image.max()}; accepted: 0 to 255"
-        )
-    image, labels = unfamiliar(image.astype(np.uint8), case.reference.voxels, path.name)
+    checked(path.name, {**case.arrays, "gts": case.reference.voxels})
+    image, labels = unfamiliar(to_bytes(case.arrays["imgs"]), case.reference.voxels, path.name)
     if not labels.any():
         raise ValueError(f"{path.name}: bending loses all labels; accepted: larger objects")
     labels = renumbered(labels)

@@ -16,7 +16,7 @@ from tests import literal_postprocessing as literal
 from tests.phantoms import challenge_case, write_npz
 from tests.test_finishing import case_of
 from tests.test_postprocessing import blobs, speckled
-from training.evaluation import ablation, code_version, recording
+from training.evaluation import ablation, recording
 from training.evaluation.ablation import PAPER, VARIANTS, apply_paper_steps
 from training.evaluation.ablation_table import (
     ALL_ROUNDS,
@@ -35,7 +35,6 @@ from training.evaluation.recording import (
     choose_labels,
     load_record,
     record_case,
-    record_folder,
     restrict,
     save_record,
 )
@@ -274,40 +273,6 @@ def test_the_command_writes_its_tables_and_reuses_its_records(
         arguments[1] = str(path)
         with pytest.raises(AssertionError, match="recorded anew"):
             ablation.main(arguments)
-
-
-def test_records_of_another_engine_are_not_reused(folder, tmp_path, monkeypatch):
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"stand-in")
-    monkeypatch.setattr(recording.Segmenter, "from_files", lambda _: StandIn())
-
-    def record():
-        return record_folder(folder, tmp_path, weights=weights, objects=1, click_rounds=0)
-
-    before = record()
-    assert record() == before
-    monkeypatch.setattr(code_version, "_SCORING", ("clicks",))  # as if the code had changed
-    assert not {*before} & {*record()}
-
-
-def test_a_bad_case_does_not_keep_others_from_being_recorded(folder, tmp_path, monkeypatch, capsys):
-    cases = shutil.copytree(folder, tmp_path / "cases")
-    (cases / "CT_a.npz").write_bytes(b"no archive")
-    weights = tmp_path / "weights.safetensors"
-    weights.write_bytes(b"stand-in")
-    monkeypatch.setattr(recording.Segmenter, "from_files", lambda _: StandIn())
-
-    def record():
-        return record_folder(cases, tmp_path / "out", weights=weights, objects=1, click_rounds=0)
-
-    good = sorted(path.name for path in folder.glob("*.npz"))
-    with pytest.raises(ValueError, match=f"1 of {len(good) + 1} cases cannot be recorded"):
-        record()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: CT_a.npz: ")
-    (cases / "CT_a.npz").unlink()
-    monkeypatch.setattr(recording.Segmenter, "from_files", no_engine)
-    assert [path.name for path in record()] == good
 
 
 def test_a_folder_without_cases_is_refused(tmp_path, capsys):

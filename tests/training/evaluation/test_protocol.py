@@ -267,6 +267,36 @@ def test_variants_of_prompts(tmp_path, name):
     assert run_case(case, InProcess(obedient), variant)[0].clicks == result.clicks
 
 
+def test_a_round_that_is_carried_on_fails_no_second_time(tmp_path):
+    case = load_labelled_case(write_npz(tmp_path / "CT_a.npz", challenge_case((10, 30, 30), 2)))
+
+    def fail_at_the_click(given, name):
+        if "clicks" in given:
+            raise PredictionError("out of luck", 2.0)
+        return InProcess(obedient)(given, name)
+
+    result, _ = run_case(case, fail_at_the_click, VARIANTS["one-click"])
+    assert [held.error for held in result.rounds] == [None, "out of luck", *[None] * 4]
+    assert [held.seconds for held in result.rounds[2:]] == [0.0] * 4
+    assert all(held.dsc == result.rounds[0].dsc for held in result.rounds)
+
+
+def test_what_a_file_knows_of_later_rounds_is_not_told(tmp_path):
+    arrays = challenge_case((10, 30, 30), 2)
+    given = challenge_case((10, 30, 30), 2, clicks=1)
+    arrays |= {key: given[key] for key in ("clicks", "clicks_order")}
+    arrays["prev_pred"] = arrays["gts"]
+    case = load_labelled_case(write_npz(tmp_path / "CT_a.npz", arrays))
+    seen = []
+
+    def watch(given, name):
+        seen.append(set(given))
+        return InProcess(obedient)(given, name)
+
+    run_case(case, watch)
+    assert seen[0] == {"imgs", "spacing", "boxes"}
+
+
 def test_restatement_reads_stale_outputs(tmp_path):
     """What our rule for failures stands for: the evaluator never clears its outputs."""
     path = write_npz(tmp_path / "CT_stale.npz", challenge_case((10, 30, 30), 1))

@@ -45,17 +45,15 @@ def test_bent_cases_can_be_evaluated_and_faults_are_told(
     gts = np.ones((9, 9, 9), np.uint8)
     np.savez(cases / "CT_raw.npz", imgs=np.full((9, 9, 9), 900.0), gts=gts, spacing=[1, 1, 1])
     np.savez(cases / "CT_short.npz", imgs=gts[:8], gts=gts, spacing=[1, 1, 1])
-    unknown = np.full((9, 9, 9), 9.0)
-    unknown[4, 4, 4] = np.nan
-    np.savez(cases / "CT_nan.npz", imgs=unknown, gts=gts, spacing=[1, 1, 1])
+    np.savez(cases / "CT_share.npz", imgs=np.full((9, 9, 9), 0.5), gts=gts, spacing=[1, 1, 1])
     many = np.arange(9**3, dtype=np.uint16).reshape(9, 9, 9) % 257
     np.savez(cases / "CT_many.npz", imgs=gts, gts=many, spacing=[1, 1, 1])
     out = tmp_path / "out"
     assert main(["--cases", str(cases), "--out", str(out)]) == 1
     error = capsys.readouterr().err
-    faulty = {f"CT_{name}.npz" for name in ("broken", "raw", "short", "nan", "many")}
+    faulty = {f"CT_{name}.npz" for name in ("broken", "raw", "short", "share", "many")}
     assert all(name in error for name in faulty) and error.count("\n") == len(faulty)
-    assert "900.0; accepted: 0 to 255" in error and "nan; accepted: 0 to 255" in error
+    assert "900; accepted: 0 to 255" in error and "0.5; accepted: 0 to 255" in error
     assert "CT_many.npz: 256 labels; accepted: at most 255" in error
     names = {path.name for path in cases.glob("*.npz")} - faulty
     assert {path.name for path in out.iterdir()} == names
