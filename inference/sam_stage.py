@@ -67,9 +67,9 @@ class SamStage:
         """Segment one object in its window.
 
         Clicks are points, but for background ones outside of the window; a box's centre is a
-        positive one while there is no positive click. Networks trained on box windows also get the
-        box, and are told of the centre's place no more once there is one; public ones never learnt
-        boxes.
+        positive one while there is no positive click (after that, networks trained on box windows
+        get it as no point, as in training). These networks also get the box, which public ones
+        never learnt.
 
         Args:
             image: (1, *shape) raw intensities.

@@ -21,17 +21,18 @@ def check_pages(path: Path) -> None:
         ValueError: the file is not whole, or its pages follow each other in a circle.
         OSError: it cannot be read.
     """
+    size = path.stat().st_size
     with path.open("rb") as file:
 
         def read(form: str, at: int) -> int:
-            file.seek(at)
-            data = file.read(struct.calcsize(form))
-            if len(data) < struct.calcsize(form):
+            length = struct.calcsize(form)
+            if at + length > size:
                 raise ValueError(
-                    f"{path}: received {path.stat().st_size} bytes, fewer than its pages take; "
-                    "accepted: a whole file"
+                    f"{path}: received {size} bytes, fewer than its pages take; accepted: a whole "
+                    "file"
                 )
-            return int(struct.unpack(form, data)[0])
+            file.seek(at)
+            return int(struct.unpack(form, file.read(length))[0])
 
         order = {b"II": "<", b"MM": ">"}.get(file.read(2))
         if order is None:

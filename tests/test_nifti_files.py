@@ -172,6 +172,10 @@ def test_pages_are_followed_to_the_last(tmp_path: Path, order: str, big: bool) -
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="accepted: a whole file"):
         check_pages(path)
+    if big:
+        write_pages(2**64 - 1)
+        with pytest.raises(ValueError, match="accepted: a whole file"):
+            check_pages(path)
     write_pages(first)
     with pytest.raises(ValueError, match="in a circle"):
         check_pages(path)
