@@ -238,58 +238,6 @@ def test_a_click_on_one_object_speaks_against_the_other() -> None:
     assert means[0] > 0 and means[1] < means[0] - 1, means
 
 
-class _Threshold(Segmenter):
-    """Calls bright cells the object, so that what a grid resolves is what comes out."""
-
-    def _network(self, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
-        return 100 * channels[:, 0]  # surer than anything the segmenter adds
-
-
-def test_a_large_object_is_looked_at_again_at_the_volumes_resolution(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A slit of two voxels is blurred on the coarse grid of 3.6 voxels a cell, not on the fine."""
-    truth = np.zeros((96, 96, 96), bool)
-    truth[16:80, 16:80, 16:80] = True
-    slit = np.s_[30:66, 30:66, 61:63]
-    truth[slit] = False
-    image = np.where(truth, 200, 30).astype(np.uint8)
-    objects = (ObjectPrompts(1, Box((16, 16, 16), (80, 80, 80), 48)),)
-    case = Case("slit.npz", image, (1.0, 1.0, 1.0), objects)
-    segmenter = _Threshold(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
-    monkeypatch.setattr("inference.segmenter.FIRST_PASS", 0)
-    assert np.array_equal(segmenter.segment_case(case), truth)
-    monkeypatch.setattr("inference.second_pass._TILE", 32)
-    monkeypatch.setattr("inference.segmenter._TILES", 1)
-    assert (segmenter.segment_case(case)[slit] == 0).mean() < 0.8
-
-
-class _Echo(_Threshold):
-    """Keeps the masks that the network is shown."""
-
-    masks: list[torch.Tensor]
-
-    def _network(self, refiner: Refiner, channels: torch.Tensor) -> torch.Tensor:
-        self.masks.append(channels[:, CHANNELS.index("previous_mask")])
-        return super()._network(refiner, channels)
-
-
-def test_masks_end_with_the_volume() -> None:
-    """Beyond it the image goes on as its edge, so what the network finds there is left out."""
-    image = np.full((96, 96, 96), 30, np.uint8)
-    image[:64, 16:80, 16:80] = 200
-    objects = (ObjectPrompts(1, Box((0, 16, 16), (64, 80, 80), 32)),)
-    case = Case("face.npz", image, (1.0, 1.0, 1.0), objects)
-    segmenter = _Echo(Refiner(RefinerConfig(channels=(8, 8), blocks=(1, 1), window=32)))
-    segmenter.masks = []
-    assert np.array_equal(segmenter.segment_case(case), image > 100)
-    (first, second) = segmenter.masks
-    assert not first.any(), "nothing is known before the first pass"
-    middle = second[0, :, second.shape[2] // 2, second.shape[3] // 2]
-    beyond = 16  # voxels and cells: the second pass looks at 96 about the box's 64
-    assert (middle[: beyond - 1] == -1).all() and (middle[beyond + 1 : 2 * beyond] == 1).all()
-
-
 def test_objects_without_a_box_ask_their_own_refiner() -> None:
     """Side by side in one case, in windows of another size; each as if it were the only one."""
     clicks = ((Click((10, 20, 15), True),), (Click((8, 15, 42), True),))
